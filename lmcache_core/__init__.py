@@ -1,0 +1,1 @@
+"""Exact-or-miss KV-cache storage tiers for LLM serving engines."""

@@ -1,0 +1,258 @@
+"""The configuration as frozen models. What a plugin owns (inside `backend`, `serde`, `eviction`) is the plugin's model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import ValidationInfo as Info
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from lmcache_core import plugins
+from lmcache_core.config import machine
+from lmcache_core.errors import PluginError
+from lmcache_core.eviction.lru import LruConfig
+from lmcache_core.plugins import Plugins
+from lmcache_core.protocols import BackendConfig, EvictionConfig, Frozen, SerdeConfig
+from lmcache_core.units import ByteSize, Percent, Seconds, Size, parse_size
+
+TIER_NAME = r"^[a-z0-9]+(?:[-_][a-z0-9]+)*$"
+"""Tier names stand in metrics, in file names and, folded to upper case, in environment variables."""
+
+Loc = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing wrong that no single field shows: where, what, the consequence and the mend."""
+
+    loc: Loc
+    what: str
+    why: str
+    fix: str
+    value: Any = None
+
+
+def raise_findings(title: str, findings: Sequence[Finding]) -> None:
+    """Raise one pydantic `ValidationError` with every finding in its place; nothing when there are none."""
+    if findings:
+        details = [
+            InitErrorDetails(
+                type=PydanticCustomError("finding", "{what}", {"what": f.what, "why": f.why, "fix": f.fix}),
+                loc=f.loc,
+                input=f.value,
+            )
+            for f in findings
+        ]
+        raise ValidationError.from_exception_data(title, details)
+
+
+def manager_of(info: Info) -> Plugins:
+    """The plugin manager of this validation: the loader's, or the process's."""
+    context = info.context
+    return context["plugins"] if isinstance(context, dict) and "plugins" in context else plugins.default()
+
+
+def _by_type(base: type[BaseModel], find: Callable[[Plugins, str], type[BaseModel]]) -> BeforeValidator:
+    """Turn a mapping into an instance of the plugin's own model, chosen by its `type`."""
+
+    def resolve(value: Any, info: Info) -> Any:
+        if isinstance(value, base) or not isinstance(value, dict):
+            return value
+        name = value.get("type")
+        if not isinstance(name, str):
+            kind = "missing" if "type" not in value else "string_type"
+            details = [InitErrorDetails(type=kind, loc=("type",), input=value.get("type", value))]
+            raise ValidationError.from_exception_data(base.__name__, details)
+        try:
+            model = find(manager_of(info), name)
+        except PluginError as error:
+            custom = PydanticCustomError("plugin", "{what}", {"what": str(error), "kind": type(error).__name__})
+            details = [InitErrorDetails(type=custom, loc=("type",), input=name)]
+            raise ValidationError.from_exception_data(base.__name__, details) from error
+        return model.model_validate(value, context=info.context)
+
+    return BeforeValidator(resolve)
+
+
+def _count(value: Any) -> Any:
+    """Counts are whole numbers; `true` and `2.0` are more likely mistakes than meant."""
+    if isinstance(value, (bool, float)):
+        raise ValueError("must be a whole number")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_count), Field(ge=1)]
+Backend = Annotated[SerializeAsAny[BackendConfig], _by_type(BackendConfig, Plugins.backend)]
+SerdeField = Annotated[SerializeAsAny[SerdeConfig], _by_type(SerdeConfig, Plugins.serde)]
+Eviction = Annotated[SerializeAsAny[EvictionConfig], _by_type(EvictionConfig, Plugins.eviction)]
+
+
+def _resolve_share(value: Any, info: Info) -> Any:
+    """A share is of the machine's memory for a memory tier, of the file system for a tier in a directory."""
+    if value is None:
+        return None
+    size = parse_size(value)
+    if not isinstance(size, Percent):
+        return size
+    backend = info.data.get("backend")
+    if not isinstance(backend, BackendConfig):
+        return 1  # the backend's own error is reported; any capacity is right beside it
+    if backend.in_memory:
+        return size.of(machine.memory_total())
+    directory = backend.local_directory()
+    if directory is None:
+        raise ValueError(
+            f"a share such as {size} has no meaning for backend `{backend.type}`: write a size, e.g. 200GiB"
+        )
+    return size.of(machine.disk(directory).total)
+
+
+Capacity = Annotated[int, Field(gt=0)]
+
+
+class LaneConfig(Frozen):
+    """Threads and bounded queues of one storage tier."""
+
+    threads: Annotated[Count, Field(le=256)] = 2
+    """Threads that call the backend; each blocks in one batch at a time."""
+    queue: Annotated[Count, Field(le=65536)] = 64
+    """Batches that may wait. A full queue drops new work and counts it; the engine never waits."""
+    inflight: Annotated[ByteSize, Field(gt=0)] = 256 << 20
+    """Bytes of queued and running batches together."""
+    deadline: Annotated[Seconds, Field(gt=0, le=3600)] = 5.0
+    """Longest wait for one batch; later it is a miss."""
+
+
+class TierConfig(Frozen):
+    """One tier: a medium (`backend`), perhaps an encoding (`serde`), and how the core uses them."""
+
+    name: Annotated[str, Field(pattern=TIER_NAME, max_length=32)]
+    """Short lower-case name, unique in the pipeline; used in metrics and environment overlays."""
+    backend: Backend
+    """What reaches the medium; `type` names an installed backend plugin."""
+    capacity: Annotated[Capacity | None, BeforeValidator(_resolve_share)] = None
+    """Bytes the tier may occupy, everything included: `4GiB`, `200GB`, or `30%` of memory or of the file system."""
+    write: Literal["through", "back", "never"] = "through"
+    """When a storage tier gets a chunk: on store (`through`), on leaving memory (`back`), or `never` (read only)."""
+    promote: bool = True
+    """Keep chunks read from this tier in memory as well."""
+    serde: SerdeField | None = None
+    """How chunks are encoded on the way in; raw bytes without one."""
+    eviction: Eviction = Field(default_factory=LruConfig)
+    """Which chunk goes first when the tier is full."""
+    lane: LaneConfig = LaneConfig()
+    """Threads, queues and deadline of a storage tier."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        raise_findings("TierConfig", list(self._findings()))
+        return self
+
+    def _findings(self) -> list[Finding]:
+        kind = self.backend.type
+        found: list[Finding] = []
+        if self.capacity is None and (self.backend.in_memory or self.backend.local_directory() is not None):
+            why = "memory is cut once, at start-up" if self.backend.in_memory else "the tier could fill the file system"
+            found.append(Finding(("capacity",), f"a `{kind}` tier needs a capacity", why, "add e.g. `capacity: 4GiB`"))
+        if self.backend.in_memory and self.serde is not None:
+            found.append(
+                Finding(
+                    ("serde",),
+                    "a memory tier holds raw chunks and takes no serde",
+                    "engines copy pages straight in and out of it",
+                    "remove `serde`, or move it to a storage tier",
+                    self.serde.type,
+                )
+            )
+        if self.backend.in_memory and self.write != "through":
+            found.append(
+                Finding(
+                    ("write",),
+                    "a memory tier has no write mode",
+                    "every chunk passes through it; the mode says when storage tiers get a copy",
+                    "remove `write`, or set it on a storage tier",
+                    self.write,
+                )
+            )
+        return found
+
+
+class PipelineConfig(Frozen):
+    """A whole cache: its tiers, nearest the engine first."""
+
+    chunk_tokens: Annotated[Count, Field(le=65536)] = 256
+    """Tokens of one chunk, the unit of caching; a multiple of the engine's block."""
+    verify: Literal["load", "serve"] = "load"
+    """Verify checksums when a chunk enters memory (`load`), or again whenever it is served (`serve`)."""
+    plugins: tuple[str, ...] = ()
+    """Installed `lmcache.plugins` to activate, such as wrappers around every backend."""
+    tiers: tuple[TierConfig, ...]
+    """One memory tier first, then storage tiers in the order they are asked."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        shapes = [Shape(tier.name, tier.backend.in_memory) for tier in self.tiers]
+        raise_findings("PipelineConfig", pipeline_findings(shapes))
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the checks across tiers need of one; None where it is not known because of another error."""
+
+    name: str | None
+    in_memory: bool | None
+
+
+def pipeline_findings(shapes: Sequence[Shape]) -> list[Finding]:
+    """What is wrong between tiers."""
+    found: list[Finding] = []
+    if not shapes:
+        fix = "add `- {name: dram, capacity: 4GiB, backend: {type: cpu}}`"
+        found.append(Finding(("tiers",), "there are no tiers", "nothing could be cached", fix, "[]"))
+    first: dict[str, tuple[int, str]] = {}
+    for i, shape in enumerate(shapes):
+        if shape.name is None:
+            continue
+        folded = shape.name.replace("-", "_")
+        if folded in first:
+            other, name = first[folded]
+            same = "has this name too" if name == shape.name else f"is called `{name}`, the same in the environment"
+            found.append(
+                Finding(
+                    ("tiers", i, "name"),
+                    f"tier names must differ; tiers[{other}] {same}",
+                    "metrics and environment overlays could not tell them apart",
+                    f"choose another name, e.g. `{shape.name}{i}`",
+                    shape.name,
+                )
+            )
+        first.setdefault(folded, (i, shape.name))
+    memory = [i for i, shape in enumerate(shapes) if shape.in_memory]
+    unknown = any(shape.in_memory is None for shape in shapes)
+    if shapes and not memory and not unknown:
+        fix = "put `- {name: dram, capacity: 4GiB, backend: {type: cpu}}` first"
+        why = "engines copy their pages to and from memory; storage tiers are filled from there"
+        found.append(Finding(("tiers",), "there is no memory tier", why, fix))
+    for i in memory[1:]:
+        found.append(
+            Finding(
+                ("tiers", i, "backend"),
+                f"only one memory tier is supported; tiers[{memory[0]}] is one already",
+                "chunks would be kept twice in the same memory",
+                f"remove this tier and give its capacity to tiers[{memory[0]}]",
+            )
+        )
+    if memory and memory[0] != 0:
+        found.append(
+            Finding(
+                ("tiers", memory[0], "backend"),
+                "the memory tier must come first",
+                "tiers are asked in order, nearest the engine first",
+                f"move tiers[{memory[0]}] to the top of the list",
+            )
+        )
+    return found

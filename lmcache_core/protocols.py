@@ -1,0 +1,226 @@
+"""What plugins implement. Everything here is public and versioned by `API_VERSION`.
+
+Common rules, for every method of every plugin: it takes a batch, it may block, it is called from several
+threads at once, and it releases the GIL while it waits. Buffers are lent for the duration of the call only;
+keeping one after returning is a bug (the kit catches it). The core owns threads, queues, deadlines,
+breakers, encoding, capacity, eviction, integrity and metrics, so that a plugin stays small.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from lmcache_core.layout import KVLayout
+from lmcache_core.types import ChunkKey, Got, Put, Usage
+
+API_VERSION = 1
+
+
+class Frozen(BaseModel):
+    """Immutable model that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildContext:
+    """What the core tells a backend when it builds it."""
+
+    tier: str
+    """Name of the tier, for messages."""
+    object_bytes: int
+    """Largest sealed object (header page + encoded payload) this tier will ever store, in bytes."""
+    capacity: int | None
+    """Bytes the tier may occupy on the medium, everything included; None where the tier set no limit."""
+    threads: int
+    """Most threads that call the backend at the same time."""
+    shared: bool = False
+    """Memory backends: the region must be mappable by another process of the same user (`Region.share`)."""
+
+
+class BackendConfig(Frozen, ABC):
+    """Base of every backend's own settings; `type` is the plugin's entry-point name."""
+
+    in_memory: ClassVar[bool] = False
+    """True when `build` returns a `MemoryBackend`: known from the class, before anything is built."""
+
+    type: str
+
+    def local_directory(self) -> Path | None:
+        """Local directory the tier lives in, or None: what a capacity of `30%` and the directory checks look at."""
+        return None
+
+    @abstractmethod
+    def build(self, context: BuildContext) -> StorageBackend | MemoryBackend:
+        """Make the backend. Raise `BackendUnavailable` (with the fix) when the medium cannot be used."""
+
+
+@dataclass(slots=True)
+class Region:
+    """Memory a memory backend handed out: page-aligned, `nbytes` long, alive until `close()`."""
+
+    address: int
+    nbytes: int
+    view: memoryview
+    """Writable bytes of the whole region (host memory)."""
+    share: dict[str, int] | None = None
+    """How another process of the same user maps it (`{"pid", "fd", "nbytes"}`), or None when private."""
+    pinned: bool = False
+    """Registered with a device driver for asynchronous copies."""
+    owner: Any = None
+    """Whatever keeps the memory alive."""
+
+
+class MemoryBackend(ABC):
+    """A medium the CPU or GPU addresses directly; the core cuts its region into slots."""
+
+    @abstractmethod
+    def allocate(self, nbytes: int) -> Region:
+        """Allocate and pre-fault `nbytes` once, at start-up. Raise `BackendUnavailable` if that is impossible."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything allocated. Idempotent."""
+
+
+class StorageBackend(ABC):
+    """A medium that holds sealed objects by key.
+
+    An object is opaque bytes; whatever goes wrong inside them is found by the core, which verifies every
+    object it reads. A backend must return what was stored under the key, all of it, or say that it did not.
+    """
+
+    device_direct: ClassVar[bool] = False
+    """True when buffers may be device memory."""
+    contains_is_local: ClassVar[bool] = False
+    """True when `contains` answers from memory and never waits; then it may run on the engine's thread."""
+
+    @abstractmethod
+    def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        """Whether each key is stored, in the order given."""
+
+    @abstractmethod
+    def get_into(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
+        """Read each object into its buffer.
+
+        Buffers are writable, page-aligned and at least as large as any object of the tier. The result for a key
+        is the number of bytes filled, None when the key is absent, or the exception that prevented reading it.
+        """
+
+    @abstractmethod
+    def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
+        """Store each object; storing a present key again is allowed and changes nothing a reader can see.
+
+        A reader sees the old object, no object or the new object, never a mixture. The result for a key is None,
+        or the exception that prevented storing it (`NoSpace` when evicting something could help).
+        """
+
+    @abstractmethod
+    def delete(self, keys: Sequence[ChunkKey]) -> None:
+        """Forget the keys; absent keys are fine."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget every object of this tier, also those that a restart would find."""
+
+    def scan(self) -> Iterator[tuple[ChunkKey, int]] | None:
+        """Keys and object sizes present at start-up, coldest first; None when the medium cannot say.
+
+        A backend that can say lets the core keep the tier's index, capacity and eviction in memory.
+        """
+        return None
+
+    def footprint(self, nbytes: int) -> int:
+        """Bytes an object of `nbytes` occupies on the medium, rounding and overhead included."""
+        return nbytes
+
+    def usage(self) -> Usage | None:
+        """What is stored now, or None when the medium cannot say cheaply."""
+        return None
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release files, sockets and memory; what was stored stays. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class SerdeContext:
+    """What the core tells a serde when it builds it."""
+
+    layout: KVLayout
+    """Meaning of the raw bytes of a chunk."""
+    chunk_bytes: int
+    """Raw bytes of every chunk."""
+
+
+class SerdeConfig(Frozen, ABC):
+    """Base of every serde's own settings; `type` is the plugin's entry-point name."""
+
+    type: str
+
+    @abstractmethod
+    def build(self, context: SerdeContext) -> Serde:
+        """Make the serde. Raise `Unsupported` when it cannot encode this layout."""
+
+
+class Serde(ABC):
+    """Encodes chunks in a tier's doorway. Stateless after construction and thread-safe."""
+
+    lossless: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def codec(self) -> str:
+        """Name of the encoding written into each object, <= 32 ASCII bytes; changes whenever the bytes' meaning does."""
+
+    @abstractmethod
+    def bound(self) -> int:
+        """Most bytes one encoded chunk can take: staging is cut to it at start-up."""
+
+    @abstractmethod
+    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview]) -> list[int]:
+        """Encode each chunk into its buffer of `bound()` bytes; return the bytes used."""
+
+    @abstractmethod
+    def decode(self, blobs: Sequence[memoryview], out: Sequence[memoryview]) -> None:
+        """Decode each blob so that it fills its buffer exactly, or raise `CorruptChunk`."""
+
+
+class EvictionConfig(Frozen, ABC):
+    """Base of every eviction policy's own settings; `type` is the plugin's entry-point name."""
+
+    type: str
+
+    @abstractmethod
+    def build(self) -> EvictionPolicy:
+        """Make an empty policy."""
+
+
+class EvictionPolicy(ABC):
+    """Orders the keys of one tier by worth. Called with the tier's lock held: no I/O, no waiting.
+
+    Keys arrive in prefix order (shallowest chunk first). A policy must rank a deeper chunk of one request no
+    warmer than a shallower one, because a chunk without its prefix can never be used.
+    """
+
+    @abstractmethod
+    def add(self, keys: Sequence[ChunkKey]) -> None:
+        """Take in keys that were just stored."""
+
+    @abstractmethod
+    def touch(self, keys: Sequence[ChunkKey]) -> None:
+        """Note that keys were just used; unknown keys are ignored."""
+
+    @abstractmethod
+    def remove(self, key: ChunkKey) -> None:
+        """Forget a key; unknown keys are ignored."""
+
+    @abstractmethod
+    def coldest(self) -> Iterator[ChunkKey]:
+        """Keys, coldest first. The caller stops early and does not change the policy while iterating."""

@@ -1,0 +1,202 @@
+"""The arena cut into slots, and who holds them.
+
+A slot is room for one sealed object: a header page, then the raw chunk. Its memory goes as it is to a storage
+backend and comes back from one, so a chunk is copied exactly once on its way in and once on its way out.
+
+Every slot is in exactly one state: free, filling (reserved by a store), loading (being read), or ready (in the
+index). Ready slots carry pins; only a clean, unpinned, ready slot is evicted. All methods are called with the
+pipeline's lock held and do no I/O.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lmcache_core.errors import BackendUnavailable
+from lmcache_core.protocols import EvictionPolicy, Region
+from lmcache_core.types import HEADER_BYTES, ChunkKey, round_up
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+POISON = 0xDB
+_SCAN = 4096
+
+
+class Slots:
+    """Fixed slots in one region, an index of the ready ones, and their pins."""
+
+    def __init__(self, region: Region, chunk_bytes: int, policy: EvictionPolicy, *, poison: bool = False) -> None:
+        self.region = region
+        self.chunk_bytes = chunk_bytes
+        self.slot_bytes = round_up(HEADER_BYTES + chunk_bytes)
+        self.count = region.nbytes // self.slot_bytes
+        self.policy = policy
+        self.index: dict[ChunkKey, int] = {}
+        """Ready chunks."""
+        self.free: list[int] = list(range(self.count - 1, -1, -1))
+        self.pins: list[int] = [0] * self.count
+        self.key_of: list[ChunkKey | None] = [None] * self.count
+        self.created: list[int] = [0] * self.count
+        self.sealed = bytearray(self.count)
+        """1 where the header page is valid for the raw chunk."""
+        self.dirty: set[int] = set()
+        """Ready slots that a write-back tier does not have yet."""
+        self.evicted = 0
+        self._poison = poison
+
+    # -- addresses -------------------------------------------------------------------------------------------
+    def view(self, slot: int, nbytes: int | None = None) -> memoryview:
+        """The whole slot, or its first `nbytes`, header page included."""
+        start = slot * self.slot_bytes
+        return self.region.view[start : start + (self.slot_bytes if nbytes is None else nbytes)]
+
+    def payload(self, slot: int) -> memoryview:
+        """The raw chunk in the slot."""
+        start = slot * self.slot_bytes + HEADER_BYTES
+        return self.region.view[start : start + self.chunk_bytes]
+
+    def offsets(self, slots: Sequence[int]) -> NDArray[np.int64]:
+        """Payload offsets in the region, in bytes."""
+        return np.array(slots, dtype=np.int64) * self.slot_bytes + HEADER_BYTES
+
+    # -- states ----------------------------------------------------------------------------------------------
+    def take(self, want: int) -> list[int]:
+        """Take up to `want` slots out of free or cold ready ones; they belong to the caller now."""
+        free = self.free
+        if len(free) < want:
+            self._evict(want - len(free))
+        if want <= 0:
+            return []
+        taken = free[-want:]
+        taken.reverse()
+        del free[-want:]
+        return taken
+
+    def _evict(self, want: int) -> None:
+        victims: list[tuple[ChunkKey, int]] = []
+        index, pins, dirty = self.index, self.pins, self.dirty
+        for key in islice(self.policy.coldest(), _SCAN + want):
+            slot = index[key]
+            if not pins[slot] and slot not in dirty:
+                victims.append((key, slot))
+                if len(victims) == want:
+                    break
+        # Inline `drop`: eviction is on the path of every store into a full memory.
+        key_of, sealed, free, remove = self.key_of, self.sealed, self.free, self.policy.remove
+        for key, slot in victims:
+            del index[key]
+            remove(key)
+            key_of[slot] = None
+            sealed[slot] = 0
+            if self._poison:
+                self._scrub(slot)
+            free.append(slot)
+        self.evicted += len(victims)
+
+    def publish(self, keys: Sequence[ChunkKey], slots: Sequence[int], created: int, *, sealed: bool) -> None:
+        """Make taken slots ready. The keys must not be in the index."""
+        index, key_of, at, flags = self.index, self.key_of, self.created, self.sealed
+        mark = int(sealed)
+        for key, slot in zip(keys, slots, strict=True):
+            index[key] = slot
+            key_of[slot] = key
+            at[slot] = created
+            flags[slot] = mark
+        self.policy.add(keys)
+
+    def publish_loaded(self, keys: Sequence[ChunkKey], slots: Sequence[int], now: int) -> None:
+        """Make slots ready that a tier filled; where the tier left a raw object, its header stays valid."""
+        index, key_of, at = self.index, self.key_of, self.created
+        for key, slot in zip(keys, slots, strict=True):
+            index[key] = slot
+            key_of[slot] = key
+            at[slot] = now
+        self.policy.add(keys)
+
+    def give_back(self, slots: Sequence[int]) -> None:
+        """Return taken slots that never became ready."""
+        for slot in slots:
+            self.sealed[slot] = 0
+            self._scrub(slot)
+        self.free.extend(slots)
+
+    def drop(self, key: ChunkKey, slot: int) -> None:
+        """Forget a ready, unpinned chunk and free its slot."""
+        del self.index[key]
+        self.policy.remove(key)
+        self.key_of[slot] = None
+        self.sealed[slot] = 0
+        self.dirty.discard(slot)
+        self._scrub(slot)
+        self.free.append(slot)
+
+    def hide(self, key: ChunkKey) -> None:
+        """Take a ready chunk out of the index though it may be pinned; its slot is freed with its last pin."""
+        slot = self.index[key]
+        if self.pins[slot] == 0:
+            self.drop(key, slot)
+            return
+        del self.index[key]
+        self.policy.remove(key)
+        self.key_of[slot] = None
+        self.sealed[slot] = 0
+        self.dirty.discard(slot)
+
+    def unpin(self, slots: Sequence[int]) -> None:
+        """Drop one pin from each slot."""
+        pins, key_of = self.pins, self.key_of
+        for slot in slots:
+            left = pins[slot] - 1
+            if left < 0:
+                raise AssertionError(f"slot {slot} was released more often than it was pinned")
+            pins[slot] = left
+            if left == 0 and key_of[slot] is None:
+                self._scrub(slot)
+                self.free.append(slot)
+
+    def _scrub(self, slot: int) -> None:
+        if self._poison:
+            ctypes.memset(self.region.address + slot * self.slot_bytes, POISON, self.slot_bytes)
+
+    def check(self, elsewhere: int) -> None:
+        """Raise `AssertionError` when the books do not add up; `elsewhere` slots are filling or loading."""
+        hidden = sum(1 for slot, key in enumerate(self.key_of) if key is None and self.pins[slot])
+        states = len(self.free) + len(self.index) + hidden + elsewhere
+        assert states == self.count, (
+            f"{self.count} slots, but {len(self.free)} free + {len(self.index)} ready + {hidden} hidden + "
+            f"{elsewhere} filling or loading"
+        )
+        assert len(set(self.free)) == len(self.free), "a slot is free twice"
+        assert all(self.key_of[slot] == key for key, slot in self.index.items()), "index and slots disagree"
+        assert all(p >= 0 for p in self.pins), "negative pins"
+        assert all(not self.pins[slot] for slot in self.free), "a free slot is pinned"
+        assert self.dirty <= set(self.index.values()), "a dirty slot is not ready"
+        assert set(self.policy.coldest()) == self.index.keys(), "eviction policy and index disagree"
+
+
+def map_shared(share: dict[str, int]) -> Region:
+    """Map another process's arena by its `Region.share`. Raise `BackendUnavailable` with the likely cause."""
+    path = f"/proc/{share['pid']}/fd/{share['fd']}"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise BackendUnavailable(
+            f"cannot open the shared arena {path}: {error.strerror}; both processes must run as one user in one PID namespace"
+        ) from error
+    try:
+        size = os.fstat(fd).st_size
+        if size != share["nbytes"]:
+            raise BackendUnavailable(f"the shared arena {path} has {size} bytes, expected {share['nbytes']}")
+        memory = mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
+    finally:
+        os.close(fd)
+    address = int(np.frombuffer(memory, dtype=np.uint8).ctypes.data)
+    return Region(address, size, memoryview(memory), share, owner=memory)
