@@ -159,5 +159,3 @@ def _capacity(tier: TierConfig) -> int:
             ]
         )
     return int(tier.capacity)
-
-

@@ -30,7 +30,9 @@ def encode(value: Canonical) -> bytes:
         return _tagged(b"l", _join(encode(item) for item in value))
     if isinstance(value, Mapping):
         return _tagged(b"m", _join(encode(key) + encode(value[key]) for key in sorted(value)))
-    raise TypeError(f"{value!r} of type {type(value).__name__} has no canonical encoding; write it as int, str or bytes")
+    raise TypeError(
+        f"{value!r} of type {type(value).__name__} has no canonical encoding; write it as int, str or bytes"
+    )
 
 
 def digest(value: Canonical) -> bytes:

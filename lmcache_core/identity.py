@@ -94,5 +94,5 @@ def fingerprint_weights(path: Path, sample_bytes: int = 1 << 20) -> str:
 
 
 def tenant_salt(master: bytes, tenant: str) -> str:
-    """Derive a tenant's salt on the server, HMAC-SHA256(master, tenant) in hex (RFC 2104), so that none can be guessed."""
+    """A tenant's salt, derived on the server so that none can be guessed: HMAC-SHA256(master, tenant), hex (RFC 2104)."""
     return hmac.digest(master, canonical.encode(tenant), "sha256").hex()

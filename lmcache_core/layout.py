@@ -61,7 +61,7 @@ class KVLayout:
             raise ValueError(f"planes must be 1 (MLA) or 2 (K and V), not {self.planes}")
         if self.chunk_tokens % self.block_tokens:
             raise ValueError(
-                f"chunk_tokens {self.chunk_tokens} must be a multiple of the engine's block of {self.block_tokens} tokens"
+                f"chunk_tokens {self.chunk_tokens} must be a multiple of the engine's block, {self.block_tokens} tokens"
             )
         if self.order == "pages" and not self.packing:
             raise ValueError("order 'pages' needs `packing`: opaque pages without a named format could be misread")

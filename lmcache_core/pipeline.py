@@ -87,7 +87,9 @@ class Lease:
     def __enter__(self) -> Lease:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()
 
 
@@ -144,7 +146,9 @@ class Reservation:
     def __enter__(self) -> Reservation:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.abort()
 
 
@@ -347,7 +351,6 @@ class Pipeline:
     def _ask(self, found: _Locate, t: int, keys: list[ChunkKey]) -> None:
         tier = self.tiers[t]
         absent = [False] * len(keys)
-
 
         def cancel() -> None:
             tier.read_breaker.record(MissReason.DEADLINE)
@@ -661,9 +664,7 @@ class Pipeline:
             if tier.write_mode == "never" or not (stored or tier.promote):
                 continue
             if tier.write_mode == "back":
-                self.slots.dirty.update(
-                    slot for key, slot in zip(keys, slots, strict=True) if not tier.has(key)
-                )
+                self.slots.dirty.update(slot for key, slot in zip(keys, slots, strict=True) if not tier.has(key))
             else:
                 self._write(tier, keys, slots, None)
         if len(self.slots.dirty) > self._dirty_limit:

@@ -189,7 +189,8 @@ def map_shared(share: dict[str, int]) -> Region:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise BackendUnavailable(
-            f"cannot open the shared arena {path}: {error.strerror}; both processes must run as one user in one PID namespace"
+            f"cannot open the shared arena {path}: {error.strerror}; "
+            "both processes must run as one user in one PID namespace"
         ) from error
     try:
         size = os.fstat(fd).st_size

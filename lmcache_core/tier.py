@@ -234,7 +234,9 @@ class StorageTier:
         head = seal.unseal(obj, key, self._layout_id, self.codec, chunk_bytes)
         if payload is None:
             if head.stored_bytes != chunk_bytes:
-                raise CorruptChunk(MissReason.CORRUPT, f"raw chunk of {head.stored_bytes} bytes, expected {chunk_bytes}")
+                raise CorruptChunk(
+                    MissReason.CORRUPT, f"raw chunk of {head.stored_bytes} bytes, expected {chunk_bytes}"
+                )
             return
         assert self._serde is not None
         try:
@@ -332,7 +334,7 @@ class StorageTier:
             outcomes[i] = MissReason.NO_ROOM
 
     def _shrink(self, need: int, spare: int = 0) -> list[ChunkKey]:
-        """Take the coldest keys out of the index until `need` more bytes fit; with `spare`, that many more. Lock held."""
+        """Take the coldest keys, at least `spare`, out of the index until `need` more bytes fit. Lock held."""
         if self._index is None:
             return []
         over = self._used + need - self.capacity if self.capacity is not None else 0
