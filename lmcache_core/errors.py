@@ -23,18 +23,28 @@ class Problem:
     path: str
     """Dotted path of the setting, e.g. `tiers[1].capacity`."""
     what: str
-    """What is wrong, with the value (secrets redacted)."""
+    """What is wrong."""
     why: str = ""
     """What would happen if it were ignored."""
     fix: str = ""
     """The likely mend, one line."""
+    value: str = ""
+    """The value as it was given (secrets redacted), where there is one to show."""
+    code: str = ""
+    """Stable code to look the problem up by, e.g. `LMC-1104`."""
 
     def __str__(self) -> str:
-        lines = [f"{self.where}: {self.path}: {self.what}" if self.path else f"{self.where}: {self.what}"]
+        lines = [f"{self.code}  {self.where}" if self.code else self.where]
+        if self.path:
+            lines.append(f"   {self.path}: {self.value}" if self.value else f"   {self.path}")
+            start = self.path.rfind(".") + 1
+            lines.append(f"   {' ' * start}{'^' * (len(self.path) - start)} {self.what}")
+        else:
+            lines.append(f"   {self.what}")
         if self.why:
-            lines.append(f"    why it stops: {self.why}")
+            lines.append(f"   why it stops: {self.why}")
         if self.fix:
-            lines.append(f"    fix: {self.fix}")
+            lines.append(f"   fix: {self.fix}")
         return "\n".join(lines)
 
 
@@ -47,7 +57,7 @@ class ConfigError(LMCacheError, ValueError):
         self.problems: tuple[Problem, ...] = tuple(problems)
         count = len(self.problems)
         head = "1 configuration error" if count == 1 else f"{count} configuration errors"
-        super().__init__("\n".join([head, *(f"  {p}" for p in self.problems)]))
+        super().__init__("\n".join([head, *map(str, self.problems)]))
 
 
 class PluginError(LMCacheError):

@@ -147,18 +147,19 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
-_SIZE_SCHEMA: list[dict[str, Any]] = [
+SIZE_SCHEMA: list[dict[str, Any]] = [
     {"type": "integer", "minimum": 0, "description": "bytes"},
     {"type": "string", "pattern": _SIZE_PATTERN, "examples": ["4GiB", "200GB"]},
 ]
+PERCENT_SCHEMA: dict[str, Any] = {"type": "string", "pattern": _PERCENT_PATTERN, "examples": ["30%"]}
 
-ByteSize = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"anyOf": _SIZE_SCHEMA})]
+ByteSize = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"anyOf": SIZE_SCHEMA})]
 """Field type for a size: an int of bytes once validated."""
 
 Size = Annotated[
     int | Percent,
     BeforeValidator(parse_size),
-    WithJsonSchema({"anyOf": [*_SIZE_SCHEMA, {"type": "string", "pattern": _PERCENT_PATTERN, "examples": ["30%"]}]}),
+    WithJsonSchema({"anyOf": [*SIZE_SCHEMA, PERCENT_SCHEMA]}),
 ]
 """Field type for a size that may be a share of a whole: int of bytes, or `Percent`."""
 

@@ -51,7 +51,7 @@ def _meminfo() -> dict[str, int]:
 
 
 def _cgroup_limits() -> list[tuple[int, int]]:
-    """(limit, bytes used that cannot be reclaimed) of every cgroup (v2, else v1) above this process that has a limit."""
+    """(limit, bytes used that cannot be reclaimed) of every cgroup of this process, v1 or v2, that has a limit."""
     found: list[tuple[int, int]] = []
     try:
         lines = (_PROC / "self/cgroup").read_text().splitlines()

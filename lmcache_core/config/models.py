@@ -1,52 +1,26 @@
-"""The configuration as frozen models. What a plugin owns (inside `backend`, `serde`, `eviction`) is the plugin's model."""
+"""The configuration as frozen models. What stands inside `backend`, `serde` or `eviction` is the plugin's own model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, WithJsonSchema, model_validator
 from pydantic import ValidationInfo as Info
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from lmcache_core import plugins
 from lmcache_core.config import machine
+from lmcache_core.config.findings import Finding, raise_findings
 from lmcache_core.errors import PluginError
 from lmcache_core.eviction.lru import LruConfig
 from lmcache_core.plugins import Plugins
 from lmcache_core.protocols import BackendConfig, EvictionConfig, Frozen, SerdeConfig
-from lmcache_core.units import ByteSize, Percent, Seconds, Size, parse_size
+from lmcache_core.units import PERCENT_SCHEMA, SIZE_SCHEMA, ByteSize, Percent, Seconds, parse_size
 
 TIER_NAME = r"^[a-z0-9]+(?:[-_][a-z0-9]+)*$"
 """Tier names stand in metrics, in file names and, folded to upper case, in environment variables."""
-
-Loc = tuple[str | int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing wrong that no single field shows: where, what, the consequence and the mend."""
-
-    loc: Loc
-    what: str
-    why: str
-    fix: str
-    value: Any = None
-
-
-def raise_findings(title: str, findings: Sequence[Finding]) -> None:
-    """Raise one pydantic `ValidationError` with every finding in its place; nothing when there are none."""
-    if findings:
-        details = [
-            InitErrorDetails(
-                type=PydanticCustomError("finding", "{what}", {"what": f.what, "why": f.why, "fix": f.fix}),
-                loc=f.loc,
-                input=f.value,
-            )
-            for f in findings
-        ]
-        raise ValidationError.from_exception_data(title, details)
 
 
 def manager_of(info: Info) -> Plugins:
@@ -59,7 +33,7 @@ def _by_type(base: type[BaseModel], find: Callable[[Plugins, str], type[BaseMode
     """Turn a mapping into an instance of the plugin's own model, chosen by its `type`."""
 
     def resolve(value: Any, info: Info) -> Any:
-        if isinstance(value, base) or not isinstance(value, dict):
+        if isinstance(value, base) or not isinstance(value, Mapping):
             return value
         name = value.get("type")
         if not isinstance(name, str):
@@ -110,7 +84,11 @@ def _resolve_share(value: Any, info: Info) -> Any:
     return size.of(machine.disk(directory).total)
 
 
-Capacity = Annotated[int, Field(gt=0)]
+Capacity = Annotated[
+    Annotated[int, Field(gt=0)] | None,
+    BeforeValidator(_resolve_share),
+    WithJsonSchema({"anyOf": [*SIZE_SCHEMA, PERCENT_SCHEMA, {"type": "null"}]}),
+]
 
 
 class LaneConfig(Frozen):
@@ -133,7 +111,7 @@ class TierConfig(Frozen):
     """Short lower-case name, unique in the pipeline; used in metrics and environment overlays."""
     backend: Backend
     """What reaches the medium; `type` names an installed backend plugin."""
-    capacity: Annotated[Capacity | None, BeforeValidator(_resolve_share)] = None
+    capacity: Capacity = None
     """Bytes the tier may occupy, everything included: `4GiB`, `200GB`, or `30%` of memory or of the file system."""
     write: Literal["through", "back", "never"] = "through"
     """When a storage tier gets a chunk: on store (`through`), on leaving memory (`back`), or `never` (read only)."""

@@ -7,6 +7,7 @@ bomb cannot even be written), no duplicate keys, one document, and the scalars o
 
 from __future__ import annotations
 
+import bisect
 import os
 import re
 import stat
@@ -132,10 +133,13 @@ class _Yaml:
     def _node(self, event: yaml.Event, loc: Loc, depth: int) -> Any:
         if depth > MAX_DEPTH:
             line, column = _place(event)
-            raise _syntax(f"{self._doc.name}:{line}:{column}", f"nested more than {MAX_DEPTH} levels deep", "flatten it")
+            raise _syntax(
+                f"{self._doc.name}:{line}:{column}", f"nested more than {MAX_DEPTH} levels deep", "flatten it"
+            )
         if isinstance(event, yaml.AliasEvent):
             self._refuse(event, loc, f"the alias `*{event.anchor}`", "write the value out")
             return None
+        assert isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent), "the parser only starts nodes here"
         if event.anchor is not None:
             self._refuse(event, loc, f"the anchor `&{event.anchor}`", "remove it and write repeated values out")
         if event.tag is not None:
@@ -144,7 +148,8 @@ class _Yaml:
             return self._mapping(loc, depth)
         if isinstance(event, yaml.SequenceStartEvent):
             return self._sequence(loc, depth)
-        return _scalar(event.value) if not event.style else event.value
+        assert isinstance(event, yaml.ScalarEvent)
+        return event.value if event.style else _scalar(event.value)
 
     def _mapping(self, loc: Loc, depth: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -186,6 +191,7 @@ class _Yaml:
 
 def _place(event: yaml.Event) -> tuple[int, int]:
     mark = event.start_mark
+    assert mark is not None, "the parser marks every event"
     return mark.line + 1, mark.column + 1
 
 
@@ -217,7 +223,9 @@ def parse_toml(name: str, text: str) -> Document:
         what, line, column = match.groups() if match else (str(error), None, None)
         last = text.count("\n") + 1
         where = f"{name}:{line or last}:{column or 1}"
-        raise _syntax(where, f"not valid TOML: {what[:1].lower()}{what[1:]}", "check the line; text needs quotes") from error
+        raise _syntax(
+            where, f"not valid TOML: {what[:1].lower()}{what[1:]}", "check the line; text needs quotes"
+        ) from error
     except RecursionError as error:
         raise _syntax(name, "nested too deeply", "flatten it") from error
     return Document(name, data, _Toml(text).places())
@@ -239,6 +247,7 @@ class _Toml:
         self._text = text
         self._at = 0
         self._places: dict[Loc, tuple[int, int]] = {(): (1, 1)}
+        self._lines = [0, *(match.end() for match in re.finditer("\n", text))]
         self._tables: dict[Loc, int] = {}
         """Tables in each array of tables so far."""
 
@@ -325,8 +334,8 @@ class _Toml:
         self._at = match.end()
 
     def _note(self, loc: Loc, start: int) -> None:
-        line_start = self._text.rfind("\n", 0, start) + 1
-        self._places.setdefault(loc, (self._text.count("\n", 0, start) + 1, start - line_start + 1))
+        line = bisect.bisect_right(self._lines, start)
+        self._places.setdefault(loc, (line, start - self._lines[line - 1] + 1))
 
     def _skip(self, pattern: re.Pattern[str]) -> None:
         match = pattern.match(self._text, self._at)

@@ -1,0 +1,74 @@
+"""What the two halves of the vLLM connector tell each other, once a step. Plain data: offsets and block ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lmcache_core.layout import KVLayout
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """How the worker maps the scheduler's arena, and what lies in it."""
+
+    share: dict[str, int]
+    layout: KVLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Chunks to copy between engine blocks and slots."""
+
+    block_ids: NDArray[np.int64]
+    """`[chunks, blocks of a chunk]`; -1 leaves a block out."""
+    offsets: NDArray[np.int64]
+    """`[chunks]` payload offsets in the arena, in bytes."""
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """Scheduler -> worker: what to do in this step."""
+
+    step: int
+    attach: Attach | None = None
+    """Present until the worker has said whether it could map the arena."""
+    loads: Copies | None = None
+    """Slots -> blocks, before the forward pass of this step (after it when no scheduled request needs them)."""
+    saves: Copies | None = None
+    """Blocks -> slots, after the forward pass of this step."""
+    received: list[str] = field(default_factory=list)
+    """Requests whose asynchronous load ends with this step's `loads`."""
+    failed_blocks: list[int] = field(default_factory=list)
+    """Blocks of `received` requests that could not be filled; the engine computes them itself."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether the worker has nothing to do."""
+        return not (self.attach or self.loads or self.saves or self.received)
+
+
+@dataclass(slots=True)
+class StepReport:
+    """Worker -> scheduler: what was done in a step."""
+
+    step: int
+    attached: bool | None = None
+    """Outcome of `StepPlan.attach`; None when it was not asked for."""
+    error: str = ""
+    """Why `attached` is False."""
+    copied: bool = True
+    """Whether the copies of the plan were made."""
+
+    def merge(self, other: StepReport) -> StepReport:
+        """The report of two ranks about the same step: done only where both have done it."""
+        if other.step != self.step:
+            raise AssertionError(f"ranks report about steps {self.step} and {other.step} at once")
+        attached = self.attached
+        if attached is None or other.attached is False:
+            attached = other.attached
+        return StepReport(self.step, attached, self.error or other.error, self.copied and other.copied)

@@ -1,0 +1,91 @@
+"""Every code block of the README and of docs/ is executed, by its language:
+
+* `yaml`, `toml`: loads as a configuration.
+* `python`: runs in a process of its own, in an empty directory that holds `examples/`. `python tiny-model` gets a tiny random
+  Llama as `model` and a prompt as `inputs` first.
+* `bash`: `lmcachectl` lines run; of `make` lines the target must exist. `bash no-run` is for what needs a server, a download
+  or another machine, and may only start with one of `NOT_RUN`.
+* `text` and `json` are not code.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lmcache_core.config import load
+
+ROOT = Path(__file__).parent.parent
+NOT_RUN = ("pip install", "python -m vllm", "python -m venv", "git clone", "vllm serve", "curl ", "apt-get ", "sudo ", "export ", "#")
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+TINY_MODEL = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, eos_token_id=None, bos_token_id=None)).eval()
+ids = torch.randint(0, 128, (1, 600))
+inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+"""
+
+
+def blocks() -> list[object]:
+    found = []
+    for file in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        text = file.read_text()
+        for match in FENCE.finditer(text):
+            line = text[: match.start()].count("\n") + 1
+            info = match.group(1).strip()
+            found.append(pytest.param(info, match.group(2), id=f"{file.relative_to(ROOT)}:{line}:{info or 'none'}"))
+    return found
+
+
+@pytest.mark.parametrize(("info", "code"), blocks())
+def test_block(info: str, code: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    language, _, option = info.partition(" ")
+    if language in ("yaml", "toml"):
+        file = tmp_path / f"config.{language}"
+        file.write_text(code)
+        assert load(file, env={}).config.tiers
+    elif language == "python":
+        prelude = TINY_MODEL if option == "tiny-model" else ""
+        run([sys.executable, "-W", "error::SyntaxWarning", "-c", prelude + code], tmp_path)
+    elif language == "bash":
+        for line in commands(code):
+            words = line.split("#")[0].split()
+            if option == "no-run":
+                assert line.startswith(NOT_RUN), f"{line!r} could be run: drop `no-run`, or say why in NOT_RUN"
+            elif words[0] == "make":
+                run(["make", "-n", *words[1:]], ROOT)
+            elif words[0] == "lmcachectl":
+                run([str(Path(sys.executable).parent / words[0]), *words[1:]], tmp_path)
+            else:
+                pytest.fail(f"nobody runs {line!r}: use lmcachectl or make, or mark the block `bash no-run`")
+    else:
+        assert language in ("text", "json", "mermaid"), f"a block of unknown language {info!r}"
+
+
+def commands(code: str) -> list[str]:
+    joined = code.replace("\\\n", " ")
+    return [line.strip() for line in joined.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+def run(command: list[str], cwd: Path) -> None:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"{command} -> {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def test_relative_links_exist() -> None:
+    missing = []
+    for file in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text()):
+            if not (file.parent / target).exists():
+                missing.append(f"{file.relative_to(ROOT)} -> {target}")
+    assert not missing, missing
