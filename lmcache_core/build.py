@@ -6,7 +6,7 @@ from lmcache_core.config import PipelineConfig, TierConfig
 from lmcache_core.errors import ConfigError, LMCacheError, Problem
 from lmcache_core.layout import KVLayout
 from lmcache_core.pipeline import Pipeline
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins import PLUGINS, Plugins
 from lmcache_core.protocols import BuildContext, MemoryBackend, Serde, SerdeContext, StorageBackend
 from lmcache_core.seal import RAW_CODEC
 from lmcache_core.slots import Slots
@@ -20,17 +20,27 @@ STAGING_PER_THREAD = 2
 """Staging buffers per lane thread of an encoded tier."""
 
 
-def build(config: PipelineConfig, layout: KVLayout, *, shared: bool = False, poison: bool = False) -> Pipeline:
+def build(
+    config: PipelineConfig,
+    layout: KVLayout,
+    *,
+    shared: bool = False,
+    poison: bool = False,
+    plugins: Plugins | None = None,
+) -> Pipeline:
     """Build the pipeline `config` describes for chunks of `layout`.
 
     `shared` asks for an arena that another process of the same user can map. `poison` fills released slots with
-    0xDB, for tests. Raise `ConfigError` (sizes), `PluginError` or `BackendUnavailable`; then nothing is left open.
+    0xDB, for tests. `plugins` is a manager with plugin objects of the caller's, if there are any. Raise `ConfigError`
+    (sizes), `PluginError` or `BackendUnavailable`; then nothing is left open.
     """
     if layout.chunk_tokens != config.chunk_tokens:
         raise ConfigError(
             f"chunk_tokens is {config.chunk_tokens} in the configuration and {layout.chunk_tokens} in the layout"
         )
-    plugins = Plugins(config.plugins)
+    plugins = plugins or Plugins()
+    for name in config.plugins:
+        plugins.load(PLUGINS, name)
     memory_tier, storage = config.tiers[0], config.tiers[1:]
     opened: list[MemoryBackend | StorageBackend | StorageTier] = []
     try:

@@ -601,14 +601,20 @@ class Pipeline:
         return self._finish(transfer)
 
     # -- storing ---------------------------------------------------------------------------------------------
-    def reserve(self, keys: Sequence[ChunkKey]) -> Reservation:
-        """Slots for the keys that are neither stored nor on their way. Give the whole prefix: it marks the use."""
+    def reserve(self, keys: Sequence[ChunkKey], first: int = 0) -> Reservation:
+        """Slots for the keys from `first` on that are neither stored nor on their way.
+
+        Give the whole prefix: it marks the use. A caller that stores a growing sequence piece by piece passes `first`,
+        so that what was evicted in between is not copied again with every piece.
+        """
         with self._lock:
             self._check_open()
             slots = self.slots
             index, loads, filling = slots.index, self._loads, self._filling
             positions = [
-                i for i, key in enumerate(keys) if key not in index and key not in loads and key not in filling
+                i
+                for i, key in enumerate(keys)
+                if i >= first and key not in index and key not in loads and key not in filling
             ]
             if len(positions) < len(keys):
                 slots.policy.touch(keys)
@@ -732,6 +738,8 @@ class Pipeline:
         held: list[int],
         then: Callable[[Sequence[int], bool], None] | None,
     ) -> tuple[Callable[[], None], Callable[[], None]]:
+        epoch = tier.epoch
+
         def end(written: bool) -> None:
             with self._lock:
                 self.slots.unpin(held)
@@ -740,7 +748,7 @@ class Pipeline:
 
         def run() -> None:
             begun = monotonic()
-            outcomes = tier.write(keys, held)
+            outcomes = tier.write(keys, held, epoch)
             bad = MissReason.ERROR if MissReason.ERROR in outcomes else None
             if monotonic() - begun > tier.deadline:
                 bad = MissReason.DEADLINE

@@ -104,6 +104,11 @@ class Plugins:
         for name in wrappers:
             self.load(PLUGINS, name)
 
+    def register(self, plugin: object, name: str) -> None:
+        """Let a plugin object that is not installed, such as a fault injector, take part in `build_backend`."""
+        self._manager.register(plugin, name=name)
+        self._manager.check_pending()
+
     @property
     def active(self) -> set[tuple[str, str]]:
         """(group, name) of everything imported so far through this object."""

@@ -156,12 +156,19 @@ class StorageTier:
             self._staging.give_back(buffers)
         return outcomes
 
-    def write(self, keys: Sequence[ChunkKey], slots: Sequence[int]) -> list[Outcome]:
-        """Store the raw chunks of the slots, sealed. Keys already stored or being stored are left alone."""
+    @property
+    def epoch(self) -> int:
+        """Number of clears so far."""
+        return self._epoch
+
+    def write(self, keys: Sequence[ChunkKey], slots: Sequence[int], epoch: int) -> list[Outcome]:
+        """Store the raw chunks of the slots, sealed. Keys already stored or being stored are left alone.
+
+        `epoch` is the tier's when the write was asked for: what was cleared since then is not written.
+        """
         with self._lock:
-            new = [i for i, key in enumerate(keys) if not self.has(key)]
+            new = [] if epoch != self._epoch else [i for i, key in enumerate(keys) if not self.has(key)]
             self._writing.update(keys[i] for i in new)
-            epoch = self._epoch
         outcomes: list[Outcome] = [None] * len(keys)
         try:
             if self._serde is None:

@@ -19,6 +19,9 @@ PAGE = 4096
 HEADER_BYTES = PAGE
 """Size of the header page in front of every sealed object, in bytes."""
 
+COMPUTED = "computed"
+"""Source of a chunk that no tier served: the engine computed it. Not a tier's name."""
+
 Got = int | None | Exception
 """Outcome of reading one key: bytes filled, None for absent, or why it could not be read."""
 

@@ -33,6 +33,11 @@ IDLE_WAIT_S = 0.005
 """Longest wait for a read in a step that computes nothing. It frees the interpreter for the reading threads, which a
 scheduler that spins would starve; a step with work never waits."""
 
+MAX_ATTACH_STEPS = 64
+"""Steps within which the worker must say whether it could map the arena."""
+
+_NEVER = 1 << 62
+
 MAX_HELD = 16
 """Most requests whose chunks are pinned or being read before they have blocks; the next ones are asked again later."""
 
@@ -85,6 +90,8 @@ class _State:
     """Asked for, not yet given blocks."""
     saved: int = 0
     """Leading chunks that were offered to the pipeline since the request last started."""
+    failed: bool = False
+    """A load of this request failed; it is not tried again."""
     sources: list[str] = field(default_factory=list)
     """Tier of each token block of the last load, for the engine's statistics."""
 
@@ -168,7 +175,7 @@ class Scheduler:
         end = (request.num_tokens - 1) // self._block * self._block
         first = computed // self._chunk
         last = min(request.num_tokens // self._chunk, -(-end // self._chunk))
-        if not read or self.disabled or end <= computed or last <= first:
+        if not read or state.failed or self.disabled or end <= computed or last <= first:
             self._drop(state)
             return 0, False
         fetch = state.fetch
@@ -194,8 +201,8 @@ class Scheduler:
             return None, False
         return tokens, self._asynchronous or lease is None
 
-    def allocated(self, request_id: str, table: list[int], tokens: int) -> None:
-        """The engine allocated blocks: `table` of the whole request, `tokens` of which are to be loaded."""
+    def allocated(self, request_id: str, table: Callable[[], list[int]], tokens: int) -> None:
+        """The engine allocated blocks: `table()` of the whole request; `tokens` are to be loaded into them."""
         state = self._states.get(request_id)
         if state is None or state.fetch is None:
             return
@@ -206,7 +213,7 @@ class Scheduler:
         start = fetch.computed // self._block
         stop = start + tokens // self._block
         asynchronous = self._asynchronous or fetch.lease is None
-        load = _Load(request_id, fetch, table[:stop], start, stop, asynchronous)
+        load = _Load(request_id, fetch, table()[:stop], start, stop, asynchronous)
         (self._async if asynchronous else self._sync).append(load)
         self.counts["loaded_tokens"] += tokens
         state.sources = self._sources_of(load)
@@ -235,6 +242,8 @@ class Scheduler:
         self._step += 1
         if not scheduled:
             self._wait_idle()
+        if self._attach is not None and self._step > MAX_ATTACH_STEPS:
+            self._detached(f"the worker did not answer within {MAX_ATTACH_STEPS} steps")
         plan = StepPlan(self._step, attach=self._attach)
         step = _Step()
         rows: list[NDArray[np.int64]] = []
@@ -265,8 +274,7 @@ class Scheduler:
         if report.attached is not None and self._attach is not None:
             self._attach = None
             if not report.attached:
-                self.disabled = report.error or "the worker could not map the arena"
-                logger.error("lmcache-core: caching is off: %s", self.disabled)
+                self._detached(report.error)
         for number in [n for n in self._steps if n <= report.step]:
             step = self._steps.pop(number)
             for lease in step.leases:
@@ -280,14 +288,8 @@ class Scheduler:
 
     # -- life ------------------------------------------------------------------------------------------------
     def clear(self) -> bool:
-        """Forget every cached chunk; False when loads already promised to the engine still bring old ones."""
-        for state in self._states.values():
-            self._drop(state)
-        self.pipeline.clear()
-        return not (self._sync or self._async)
-
-    def readmit(self) -> None:
-        """Forget the identities and keys of live requests: `admit` will give new ones."""
+        """Forget every cached chunk, and take the identities of live requests anew. What they have computed so far is
+        not saved. False when loads already promised to the engine still bring old chunks."""
         for request_id, state in list(self._states.items()):
             self._drop(state)
             identity = self._admit(state.request)
@@ -295,9 +297,10 @@ class Scheduler:
                 self._refuse(request_id, identity)
                 del self._states[request_id]
             else:
-                # What was computed so far belongs to the old identity and must not be saved under the new one.
                 state.chain = TokenChain(identity)
-                state.saved = 1 << 62
+                state.saved = _NEVER
+        self.pipeline.clear()
+        return not (self._sync or self._async)
 
     def close(self, timeout: float) -> None:
         """Let go of everything and close the pipeline, within about `timeout` seconds."""
@@ -318,6 +321,11 @@ class Scheduler:
         self.pipeline.close(timeout)
 
     # -- inside ----------------------------------------------------------------------------------------------
+    def _detached(self, reason: str) -> None:
+        self._attach = None
+        self.disabled = reason
+        logger.error("lmcache-core: caching is off: %s", reason)
+
     def _state(self, request: Request) -> _State | None:
         state = self._states.get(request.request_id)
         if state is None and not self.disabled and request.request_id not in self._refused:
@@ -366,7 +374,9 @@ class Scheduler:
             rows.append(grid.reshape(count, size))
             offsets.append(lease.offsets[skip : skip + count])
         failed = load.table[max(stop, load.start) :]
-        self.counts["failed_blocks"] += len(failed)
+        if failed:
+            self.counts["failed_blocks"] += len(failed)
+            self._states[load.request_id].failed = True
         return failed
 
     def _sources_of(self, load: _Load) -> list[str]:
@@ -395,7 +405,7 @@ class Scheduler:
             complete = min(min(request.num_computed_tokens + tokens, known) // self._chunk, most)
             if complete <= state.saved:
                 continue
-            reservation = self.pipeline.reserve(state.keys(complete))
+            reservation = self.pipeline.reserve(state.keys(complete), state.saved)
             state.saved = complete
             blocks = table(request_id) if reservation.positions else None
             if blocks is None:

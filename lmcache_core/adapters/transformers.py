@@ -10,61 +10,61 @@ Bytes move between `[layer][plane][token][head][dim]` chunks and the cache's `[1
 
 from __future__ import annotations
 
-import enum
+import functools
 import hashlib
 import inspect
 import json
 import logging
 import threading
-import types
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from lmcache_core import _native, canonical
+from lmcache_core.adapters._transformers_model import Bypass, Geometry, Guard, probe, state_refusal
 from lmcache_core.build import build
 from lmcache_core.config import PipelineConfig, load
-from lmcache_core.copies import PagedKV
-from lmcache_core.errors import LMCacheError, Unsupported
+from lmcache_core.copies import PagedKV, PageGeometry
+from lmcache_core.errors import Unsupported
 from lmcache_core.identity import Identity
 from lmcache_core.keys import TokenChain
-from lmcache_core.layout import DTYPE_BYTES, KVLayout
 from lmcache_core.pipeline import Lease, Pipeline, Reservation
-from lmcache_core.types import ChunkKey
+from lmcache_core.types import COMPUTED
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
-COMPUTED = "computed"
-"""Source of a chunk that no tier served."""
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "num_return_sequences": (None, 1),
+    "penalty_alpha": (None, 0, 0.0),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "use_mtp": (None, False),
+    "dola_layers": (None,),
+    "guidance_scale": (None, 1, 1.0),
+    "token_healing": (None, False),
+    "prefill_chunk_size": (None,),
+    "custom_generate": (None,),
+    "assistant_model": (None,),
+}
+"""Generation options and the values with which `generate` feeds each token of one sequence exactly once."""
 
-_SAMPLES = 1024
-"""Elements of a parameter on a device that are fingerprinted beside the sum of all its bits."""
-
-
-class Bypass(enum.StrEnum):
-    """Why a call was passed through uncached."""
-
-    BATCH = "batch"
-    OWN_CACHE = "own_cache"
-    INPUTS = "inputs"
-    PADDING = "padding"
-    DECODING = "decoding"
-    CACHE_KIND = "cache_kind"
-    OUTPUTS = "outputs"
-    TRAINING = "training"
-    ADAPTER = "adapter"
-    HOOKS = "hooks"
-    AUTOCAST = "autocast"
-    ERROR = "error"
+_OUTPUTS = ("output_attentions", "output_hidden_states")
+"""Options that return something for every prompt token, also for those that would not be computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,30 +86,6 @@ class Call:
     """Seconds spent after it: copies into memory slots. Slower tiers are written in the background."""
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """The model's KV as its own forward pass produces it."""
-
-    num_layers: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def layout(self, chunk_tokens: int) -> KVLayout:
-        """The canonical chunk layout."""
-        return KVLayout(
-            order="lknhd",
-            dtype=str(self.dtype).removeprefix("torch."),
-            num_layers=self.num_layers,
-            planes=2,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            chunk_tokens=chunk_tokens,
-            block_tokens=chunk_tokens,
-        )
-
-
 def attach(
     model: PreTrainedModel,
     config: PipelineConfig | Mapping[str, Any] | Path | str | None = None,
@@ -127,7 +103,7 @@ def attach(
     raise for a configuration that cannot be used. Nothing is left attached or open then.
     """
     geometry = probe(model)
-    settings = load(config).config
+    settings = config if isinstance(config, PipelineConfig) else load(config).config
     tokenizer_digest = _tokenizer_digest(tokenizer)
     pipeline = build(settings, geometry.layout(settings.chunk_tokens))
     try:
@@ -137,131 +113,6 @@ def attach(
         raise
 
 
-# -- what is supported -----------------------------------------------------------------------------------------
-
-
-def probe(model: PreTrainedModel) -> Geometry:
-    """Check that the model's KV can be reused exactly and measure its geometry with one forward pass of 2 x 2 tokens.
-
-    Raise `Unsupported` with the reason.
-    """
-    _check_kind(model)
-    cache = DynamicCache(config=model.config)
-    device = model.device
-    with torch.no_grad(), _evaluating(model):
-        model(input_ids=torch.tensor([[1, 2], [1, 3]], device=device), past_key_values=cache, use_cache=True)
-    layers = cache.layers
-    if not layers or any(type(layer) is not DynamicLayer or not layer.is_initialized for layer in layers):
-        kinds = sorted({type(layer).__name__ for layer in layers}) or ["none"]
-        raise Unsupported(f"cache layers of kind {', '.join(kinds)}: only full attention in every layer can be reused")
-    shapes = {(tuple(t.shape), t.dtype, t.device) for layer in layers for t in (layer.keys, layer.values)}
-    if len(shapes) > 1:
-        raise Unsupported(f"K and V differ in shape, type or device between planes or layers: {_some(shapes)}")
-    (shape, dtype, where), *_ = shapes
-    if str(dtype).removeprefix("torch.") not in DTYPE_BYTES:
-        raise Unsupported(f"KV of type {dtype} is not supported")
-    if len(shape) != 4 or shape[0] != 2 or shape[2] != 2:
-        raise Unsupported(f"KV of shape {shape} for two prompts of two tokens; expected [2, heads, 2, dim]")
-    # A token that came later must not change KV that came earlier (two rows differ in their second token only).
-    for layer in layers:
-        for plane in (layer.keys, layer.values):
-            if not torch.allclose(plane[0, :, 0].float(), plane[1, :, 0].float(), rtol=1e-2, atol=1e-3):
-                raise Unsupported("attention is not causal: KV of a prefix depends on what follows it")
-    return Geometry(len(layers), shape[1], shape[3], dtype, where)
-
-
-def _check_kind(model: PreTrainedModel) -> None:
-    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
-        raise Unsupported(f"{type(model).__name__} is not a Transformers model that generates; pass the model itself")
-    if "generate" in model.__dict__:
-        raise Unsupported("`generate` of this model is wrapped already; detach the other handle first")
-    config = model.config
-    if config.is_encoder_decoder:
-        raise Unsupported("encoder-decoder models are not supported: their cache depends on the encoder's input")
-    if config.get_text_config(decoder=True) is not config:
-        raise Unsupported("multimodal models are not supported: token ids alone do not name their KV")
-    if type(model).generate is not GenerationMixin.generate:
-        raise Unsupported(f"{type(model).__name__} brings its own `generate`")
-    if not model._supports_default_dynamic_cache():
-        raise Unsupported(f"{type(model).__name__} does not use a DynamicCache")
-    for kind in _rope_types(config):
-        if kind in ("dynamic", "longrope"):
-            raise Unsupported(f"rope type {kind!r} makes keys depend on the length of the whole prompt")
-    if getattr(model, "_tp_size", None):
-        raise Unsupported("tensor-parallel models are not supported: each process holds a part of the heads")
-    devices = {str(p.device) for p in model.parameters()}
-    if len(devices) != 1 or "meta" in devices:
-        raise Unsupported(f"parameters must be on one device, not on {', '.join(sorted(devices))}")
-    if _has_adapter(model):
-        raise Unsupported("an adapter (LoRA, PEFT) is loaded; merge it into the weights first (merge_and_unload)")
-
-
-def _rope_types(config: Any) -> Iterator[str]:
-    """Every rope type named in the configuration, of all layer kinds."""
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = getattr(config, name, None)
-        if isinstance(rope, Mapping):
-            for part in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
-                kind = part.get("rope_type", part.get("type"))
-                if isinstance(kind, str):
-                    yield kind
-
-
-def _has_adapter(model: Any) -> bool:
-    """Whether PEFT tuner layers are in the model, active or not."""
-    return any(hasattr(type(module), "active_adapters") and hasattr(module, "base_layer") for module in model.modules())
-
-
-class _evaluating:  # noqa: N801
-    """Evaluation mode for a while."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._training = model.training
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self._model.train(self._training)
-
-
-def _some(things: set[Any]) -> str:
-    return "; ".join(sorted(str(thing) for thing in things)[:3])
-
-
-# -- who the KV belongs to -------------------------------------------------------------------------------------
-
-
-def fingerprint_model(model: PreTrainedModel) -> str:
-    """Digest of what the model computes with, hex: its configuration, every parameter and every buffer in memory.
-
-    On the CPU every byte counts (XXH3-64 per tensor); on a device the integer sum of all elements' bits and
-    `_SAMPLES` evenly spaced elements, so that a large model takes one pass over its memory.
-    """
-    config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
-        config.pop(name, None)
-    parts: list[canonical.Canonical] = [json.dumps(config, sort_keys=True, default=str)]
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, tensor in sorted(named.items()):
-        parts.append((name, str(tensor.dtype), tuple(tensor.shape), _tensor_digest(tensor)))
-    return canonical.digest(tuple(parts)).hex()
-
-
-def _tensor_digest(tensor: torch.Tensor) -> canonical.Canonical:
-    flat = tensor.detach().contiguous().reshape(-1)
-    if flat.numel() == 0:
-        return b""
-    raw = flat.view(torch.uint8)
-    if raw.device.type == "cpu":
-        return _native.xxh3_64(memoryview(raw.numpy()))
-    width = next(w for w in (torch.int32, torch.int16, torch.uint8) if raw.numel() % w.itemsize == 0)
-    total = int(raw.view(width).sum(dtype=torch.int64))
-    step = max(1, flat.numel() // _SAMPLES)
-    return (total, flat[::step].contiguous().view(torch.uint8).cpu().numpy().tobytes())
-
-
 def _tokenizer_digest(tokenizer: Any) -> str:
     if tokenizer is None:
         return ""
@@ -269,35 +120,271 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
-class _Guard:
-    """Notices that the model is no longer the one that was fingerprinted, in a fraction of a millisecond.
+class _Generate:
+    """What stands in for `model.generate` while a handle is attached."""
 
-    Compares which tensors the model consists of, their version counters (in-place writes), and four elements of each
-    (writes through `.data`, which no counter sees).
-    """
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+        functools.update_wrapper(self, handle.original)
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        tensors = [*model.parameters(), *model.buffers()]
-        self._state = self._versions(tensors)
-        self._views: dict[torch.dtype, list[torch.Tensor]] = {}
-        for tensor in tensors:
-            detached = tensor.detach()
-            if detached.is_contiguous() and detached.numel() >= 4:
-                view = detached.view(-1)[detached.numel() // 2 :][:2]
-                self._views.setdefault(tensor.dtype, []).append(torch.cat([view, view[:0]]) if False else view)
-        self._sample = self._read()
-        self.fingerprint = fingerprint_model(model)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.handle.generate(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # A copied model is another model: it starts without a handle.
+        copy = memo[id(self.handle.model)]
+        return MethodType(type(copy).generate, copy)
+
+
+class Handle:
+    """The attachment of one model to one pipeline. Thread-safe as far as the model is."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pipeline: Pipeline,
+        geometry: Geometry,
+        tokenizer_digest: str = "",
+        salt: str | None = None,
+    ) -> None:
+        self.model = model
+        self.pipeline = pipeline
+        self.geometry = geometry
+        self.last = Call()
+        """The most recent call."""
+        self.counts: Counter[str] = Counter()
+        """`calls`, `bypass.<reason>`, `miss.<reason>`, `prompt_tokens`, `reused_tokens`, `stored_chunks`, `errors`."""
+        self._lock = threading.Lock()
+        self._guard = Guard(model)
+        self._salt = salt
+        self._tokenizer_digest = tokenizer_digest
+        self.original = model.generate
+        self._signature = inspect.signature(self.original)
+        self._known = {
+            "input_ids",
+            "attention_mask",
+            "tokenizer",
+            *vars(GenerationConfig()),
+            *self._signature.parameters,
+        }
+        model.generate = _Generate(self)
+
+    # -- life --------------------------------------------------------------------------------------------------
+    def detach(self) -> None:
+        """Give the model its own `generate` back; the pipeline stays open. Idempotent."""
+        wrapper = self.model.__dict__.get("generate")
+        if isinstance(wrapper, _Generate) and wrapper.handle is self:
+            del self.model.generate
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Detach, write down what must be written, within `timeout` seconds, and release the memory. Idempotent."""
+        self.detach()
+        self.pipeline.close(timeout)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def identity(self) -> Identity:
+        """Who the KV of the next call belongs to: the model as it is in memory now."""
+        with self._lock:
+            if not self._guard.holds():
+                self._guard = Guard(self.model)
+            weights = self._guard.fingerprint
+        config = self.model.config
+        rope = {name: getattr(config, name, None) for name in ("rope_parameters", "rope_scaling", "rope_theta")}
+        engine = (
+            f"transformers {transformers.__version__}, torch {torch.__version__}, {self.geometry.device.type}, "
+            f"{config._attn_implementation}, float32 matmul {torch.get_float32_matmul_precision()}"
+        )
+        return Identity(
+            model=type(self.model).__name__,
+            weights=weights,
+            layout=self.pipeline.layout,
+            rope=json.dumps(rope, sort_keys=True, default=str),
+            tokenizer=self._tokenizer_digest,
+            engine=engine,
+            salt=self._salt,
+        )
+
+    # -- one call ----------------------------------------------------------------------------------------------
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`model.generate` with reuse; what the attached model calls."""
+        begun = perf_counter()
+        prepared = self._prepare(args, kwargs)
+        if isinstance(prepared, Bypass):
+            self._count(Call(bypass=prepared))
+            return self.original(*args, **kwargs)
+        chain, cache, call = prepared
+        call = replace(call, load_s=perf_counter() - begun)
+        result = self.original(*args, past_key_values=cache, **kwargs)
+        begun = perf_counter()
+        sequences = result if isinstance(result, torch.Tensor) else result.sequences
+        stored = self._store(chain, cache, sequences[0])
+        self._count(replace(call, stored_chunks=stored, store_s=perf_counter() - begun))
+        return result
+
+    def _count(self, call: Call) -> None:
+        with self._lock:
+            self.last = call
+            self.counts["calls"] += 1
+            if call.bypass is not None:
+                self.counts[f"bypass.{call.bypass}"] += 1
+            if call.miss is not None:
+                self.counts[f"miss.{call.miss}"] += 1
+            self.counts["prompt_tokens"] += call.prompt_tokens
+            self.counts["reused_tokens"] += call.reused_tokens
+            self.counts["stored_chunks"] += call.stored_chunks
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[TokenChain, Any, Call] | Bypass:
+        """Load what is stored of the prompt, or say why not. Trouble with the cache is a bypass, never an error."""
+        try:
+            bound = self._signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            return Bypass.INPUTS  # `generate` itself says what is wrong
+        arguments = {**bound.pop("kwargs", {}), **bound}
+        try:
+            refusal = self._refusal(arguments)
+            if refusal is not None:
+                return refusal
+            ids = arguments["inputs"] if arguments.get("inputs") is not None else arguments["input_ids"]
+            return self._load(ids[0].cpu().numpy())
+        except Exception:
+            logger.warning("the KV cache could not be read; the call is computed without it", exc_info=True)
+            self.counts["errors"] += 1
+            return Bypass.ERROR
+
+    def _refusal(self, arguments: dict[str, Any]) -> Bypass | None:
+        """Why this call cannot be served exactly, or None."""
+        given = arguments.get("generation_config")
+        defaults = [vars(config) for config in (given, self.model.generation_config) if config is not None]
+
+        def option(name: str) -> Any:
+            return next((o[name] for o in (arguments, *defaults) if o.get(name) is not None), None)
+
+        if arguments.get("past_key_values") is not None:
+            return Bypass.OWN_CACHE
+        ids = arguments["inputs"] if arguments.get("inputs") is not None else arguments.get("input_ids")
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
+            return Bypass.INPUTS
+        if any(value is not None for name, value in arguments.items() if name not in self._known):
+            return Bypass.INPUTS
+        if ids.shape[0] != 1:
+            return Bypass.BATCH
+        if self._padded(ids, arguments.get("attention_mask"), option):
+            return Bypass.PADDING
+        if option("use_cache") is False or option("cache_implementation") not in (None, "dynamic"):
+            return Bypass.CACHE_KIND
+        if any(option(name) not in plain for name, plain in _PLAIN.items()):
+            return Bypass.DECODING
+        if any(option(name) for name in _OUTPUTS):
+            return Bypass.OUTPUTS
+        if torch.is_autocast_enabled(self.geometry.device.type):
+            return Bypass.AUTOCAST
+        return state_refusal(self.model)
 
     @staticmethod
-    def _versions(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int, int]]:
-        return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    def _padded(ids: torch.Tensor, mask: Any, option: Callable[[str], Any]) -> bool:
+        """Whether some prompt tokens are masked out, by the caller or by the rule with which `generate` infers it."""
+        if mask is not None:
+            return not isinstance(mask, torch.Tensor) or mask.shape != ids.shape or not bool((mask == 1).all())
+        pad, eos = option("pad_token_id"), option("eos_token_id")
+        if pad is None or pad in (eos if isinstance(eos, list | tuple) else [eos]):
+            return False
+        return bool((ids == pad).any())
 
-    def _read(self) -> list[bytes]:
-        joined = (torch.cat(views) for views in self._views.values())
-        return [tensor.view(torch.uint8).cpu().numpy().tobytes() for tensor in joined]
+    def _load(self, ids: NDArray[np.int64]) -> tuple[TokenChain, Any, Call]:
+        """A cache that holds the longest stored prefix of the prompt, at least one token short of it."""
+        chain = TokenChain(self.identity())
+        chain.extend(ids)
+        cache = DynamicCache(config=self.model.config)
+        usable = (len(ids) - 1) // chain.chunk_tokens
+        if usable == 0:
+            return chain, cache, Call(prompt_tokens=len(ids), sources=(COMPUTED,) * len(chain.keys))
+        with self.pipeline.retrieve(chain.keys[:usable]) as lease:
+            if len(lease):
+                self._fill(cache, lease)
+            call = Call(
+                prompt_tokens=len(ids),
+                reused_tokens=len(lease) * chain.chunk_tokens,
+                sources=(*lease.sources, *[COMPUTED] * (len(chain.keys) - len(lease))),
+                miss=lease.reason,
+            )
+        return chain, cache, call
 
-    def holds(self) -> bool:
-        """Whether nothing has changed."""
-        model = self._model
-        return self._state == self._versions([*model.parameters(), *model.buffers()]) and self._sample == self._read()
+    def _store(self, chain: TokenChain, cache: Any, sequence: torch.Tensor) -> int:
+        """Store the whole chunks of prompt and answer that are not stored yet. Trouble is counted, never raised."""
+        try:
+            tokens = cache.get_seq_length()
+            layers = cache.layers
+            self._check_cache(layers, tokens, len(sequence))
+            if not self._guard.holds():
+                raise Unsupported("the weights changed during the call")
+            done = len(chain.keys) * chain.chunk_tokens
+            chain.extend(sequence[done:tokens].cpu().numpy())
+            return self.pipeline.store(chain.keys, lambda room: self._save(layers, room))
+        except Exception:
+            logger.warning("the KV of a call could not be stored", exc_info=True)
+            self.counts["errors"] += 1
+            return 0
+
+    def _check_cache(self, layers: Sequence[Any], tokens: int, sequence_tokens: int) -> None:
+        """Raise `Unsupported` unless the cache is the one this handle's layout describes."""
+        g = self.geometry
+        want = ((1, g.kv_heads, tokens, g.head_dim), g.dtype, g.device)
+        found = {(tuple(t.shape), t.dtype, t.device) for layer in layers for t in (layer.keys, layer.values)}
+        if found != {want} or len(layers) != g.num_layers or tokens > sequence_tokens:
+            raise Unsupported(
+                f"`generate` left {len(layers)} layers of KV {found} for {sequence_tokens} tokens; "
+                f"expected {g.num_layers} layers of {want}"
+            )
+
+    # -- bytes -------------------------------------------------------------------------------------------------
+    def _fill(self, cache: Any, lease: Lease) -> None:
+        """Chunks of a lease -> new tensors in the cache's layers."""
+        g, size = self.geometry, self.pipeline.layout.chunk_tokens
+        shape = (1, g.kv_heads, len(lease) * size, g.head_dim)
+        if g.device.type == "cpu":
+            planes = [[torch.empty(shape, dtype=g.dtype) for _ in range(2)] for _ in range(g.num_layers)]
+            self._pages(planes).scatter(np.arange(len(lease)), lease.addresses)
+        else:
+            whole = torch.empty((g.num_layers, 2, *shape), dtype=g.dtype, device=g.device)
+            for i in range(len(lease)):
+                staged = self._chunk(lease.view(i)).to(g.device, non_blocking=True)
+                whole[:, :, 0, :, i * size : (i + 1) * size].copy_(staged.transpose(2, 3))
+            torch.cuda.current_stream(g.device).synchronize()
+            planes = [[whole[i, 0], whole[i, 1]] for i in range(g.num_layers)]
+        for layer, (keys, values) in zip(cache.layers, planes, strict=True):
+            layer.dtype, layer.device = g.dtype, g.device
+            layer.keys, layer.values = keys, values
+            layer.is_initialized = True
+
+    def _save(self, layers: Sequence[Any], room: Reservation) -> None:
+        """The cache's layers -> reserved slots."""
+        g, size = self.geometry, self.pipeline.layout.chunk_tokens
+        if g.device.type == "cpu":
+            planes = [[layer.keys.contiguous(), layer.values.contiguous()] for layer in layers]
+            self._pages(planes).gather(room.positions, room.addresses)
+            return
+        for i, position in enumerate(room.positions):
+            part = slice(position * size, (position + 1) * size)
+            stacked = torch.stack([torch.stack((x.keys[0, :, part], x.values[0, :, part])) for x in layers])
+            self._chunk(room.view(i)).copy_(stacked.transpose(2, 3), non_blocking=True)
+        torch.cuda.current_stream(g.device).synchronize()
+
+    def _chunk(self, view: memoryview) -> torch.Tensor:
+        """A slot's payload as `[layer, plane, token, head, dim]`."""
+        g = self.geometry
+        flat = torch.frombuffer(view, dtype=g.dtype)
+        return flat.view(g.num_layers, 2, self.pipeline.layout.chunk_tokens, g.kv_heads, g.head_dim)
+
+    def _pages(self, planes: Sequence[Sequence[torch.Tensor]]) -> PagedKV:
+        """K and V of every layer, contiguous `[1, head, token, dim]` on this host, as pages of one chunk each."""
+        layout = self.pipeline.layout
+        length = planes[0][0].shape[2]
+        bases = [[layer[plane].data_ptr() for layer in planes] for plane in range(2)]
+        geometry = PageGeometry.sequence(layout, length)
+        threads = torch.get_num_threads()
+        return PagedKV(bases, geometry, length // layout.chunk_tokens, threads=threads, owner=planes)

@@ -7,6 +7,8 @@ module provides `run(options, report) -> DemoResult`; everything printed is made
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +21,10 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from lmcache_core.types import COMPUTED
+
 RECOMPUTE, DRAM, DISK = "recompute", "dram", "disk"
 """Names of the phases every demo measures."""
-
-COMPUTED = "computed"
-"""Source of a chunk that no tier served."""
 
 QUESTIONS = (
     "How old must a person be to become President?",
@@ -53,6 +54,20 @@ class DemoOptions:
     def config_file(self) -> Path:
         """The pipeline configuration that `write_config` makes."""
         return self.work / "lmcache.yaml"
+
+    def save(self) -> Path:
+        """Write the options below `work`, for the processes of the demo, and return the file."""
+        path = self.work / "options.json"
+        path.write_text(json.dumps(asdict(self), default=str), encoding="utf-8")
+        return path
+
+    @classmethod
+    def restore(cls, path: Path) -> DemoOptions:
+        """Read what `save` wrote."""
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("model", "work"):
+            record[name] = Path(record[name])
+        return cls(**{**record, "questions": tuple(record["questions"])})
 
     def write_config(self, dram: str, disk: str) -> Path:
         """Write the pipeline of the demo, a DRAM tier over a disk tier below `work`, and return its path."""
@@ -202,6 +217,18 @@ def build_prompts(tokenizer: Any, options: DemoOptions) -> Prompts:
         )
     tails = [encode(middle + question + end) for question in options.questions]
     return Prompts(prefix[: options.tokens], tails)
+
+
+def drop_page_cache(directory: Path) -> None:
+    """Ask the kernel to forget the pages of every file below, so that the next read is the medium's, not memory's."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
 
 
 _SHADES = {DRAM: "█", DISK: "▓", COMPUTED: "░"}

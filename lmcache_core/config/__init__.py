@@ -1,5 +1,6 @@
-"""Configuration: frozen models, and the loader that fills them from YAML, TOML, environment or Python."""
+"""Configuration: frozen models, and `load`, which fills them from YAML, TOML, environment or Python."""
 
+from lmcache_core.config.loader import DEFAULT_CONFIG, Loaded, load
 from lmcache_core.config.models import LaneConfig, PipelineConfig, TierConfig
 
-__all__ = ["LaneConfig", "PipelineConfig", "TierConfig"]
+__all__ = ["DEFAULT_CONFIG", "LaneConfig", "Loaded", "PipelineConfig", "TierConfig", "load"]

@@ -1,0 +1,86 @@
+"""`gds`: sealed objects on a disk, by direct I/O into the core's own memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from lmcache_backends.gds.backend import DiskBackend, FileBackend, SegmentBackend
+from lmcache_backends.gds.files import FileVolume, file_footprint
+from lmcache_backends.gds.folder import Folder, Io
+from lmcache_backends.gds.geometry import Geometry
+from lmcache_backends.gds.segments import SegmentVolume
+from lmcache_core.errors import ConfigError, Problem
+from lmcache_core.hookspecs import hookimpl
+from lmcache_core.protocols import BackendConfig, BuildContext
+from lmcache_core.units import ByteSize, Percent, Size
+
+DEFAULT_INODES = 1_000_000
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path.expanduser()))
+
+
+class GdsConfig(BackendConfig):
+    """A directory on a local disk or a network file system."""
+
+    type: Literal["gds"] = "gds"
+    path: Annotated[Path, AfterValidator(_absolute)]
+    """Directory of this tier alone, made (0700) where missing."""
+    mode: Literal["segments", "files"] = "segments"
+    """`segments`: few large preallocated files, for one process. `files`: one file per chunk, for network file systems
+    and for several processes sharing the directory."""
+    io: Io = "auto"
+    """`direct` bypasses the page cache, `buffered` does not, `auto` is direct where the file system allows it."""
+    free_floor: Size = Percent(5)
+    """Space to leave free on the file system: the tier does not grow below it."""
+    segment_bytes: ByteSize | None = None
+    """Size of one segment file; by default a 64th of the capacity, within reason."""
+    inodes: Annotated[int, Field(ge=64)] | None = None
+    """Most files and directories in `mode: files`, a million by default."""
+
+    @model_validator(mode="after")
+    def _options_of_the_mode(self) -> Self:
+        if self.mode == "files" and self.segment_bytes is not None:
+            raise ValueError("segment_bytes has no meaning in mode `files`; remove it, or use mode `segments`")
+        if self.mode == "segments" and self.inodes is not None:
+            raise ValueError("inodes has no meaning in mode `segments`; remove it, or use mode `files`")
+        return self
+
+    def local_directory(self) -> Path | None:
+        return self.path
+
+    def build(self, context: BuildContext) -> DiskBackend:
+        """Raise `ConfigError` for a missing or too small capacity, `BackendUnavailable` for a directory that cannot be used."""
+        capacity = context.capacity
+        if capacity is None:
+            raise _problem(context, "a disk tier needs a capacity", "write one, e.g. `capacity: 20GiB`")
+        if self.mode == "files":
+            inodes = self.inodes or DEFAULT_INODES
+
+            def open_files(device: int | None) -> FileVolume:
+                return FileVolume(Folder(self.path, device), capacity, inodes, self.io, self.free_floor)
+
+            return FileBackend(open_files, file_footprint)
+        try:
+            geometry = Geometry.plan(capacity, context.object_bytes, self.segment_bytes)
+        except ValueError as error:
+            raise _problem(context, str(error), "give the tier more, or make the chunks smaller") from error
+
+        def open_segments(device: int | None) -> SegmentVolume:
+            return SegmentVolume(Folder(self.path, device), geometry, self.io, self.free_floor)
+
+        return SegmentBackend(open_segments, geometry.footprint)
+
+
+def _problem(context: BuildContext, what: str, fix: str) -> ConfigError:
+    return ConfigError([Problem(where=f"tier `{context.tier}`", path="capacity", what=what, fix=fix)])
+
+
+@hookimpl
+def lmcache_backends() -> list[type[BackendConfig]]:
+    return [GdsConfig]

@@ -1,0 +1,112 @@
+"""The `gds` storage backend: whatever volume is open in the directory, and what to do when the directory goes away."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, Protocol
+
+from lmcache_backends.gds.folder import Folder
+from lmcache_core.errors import BackendError, Closed
+from lmcache_core.protocols import StorageBackend
+from lmcache_core.types import ChunkKey, Got, Put, Usage
+
+
+class Volume(Protocol):
+    """An open directory with objects in it. Methods as in `StorageBackend`."""
+
+    folder: Folder
+    stale: bool
+
+    def contains(self, keys: Sequence[ChunkKey]) -> list[bool]: ...
+    def get_into(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]: ...
+    def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]: ...
+    def delete(self, keys: Sequence[ChunkKey]) -> None: ...
+    def clear(self) -> None: ...
+    def scan(self) -> Iterator[tuple[ChunkKey, int]]: ...
+    def usage(self) -> Usage: ...
+    def close(self) -> None: ...
+    def abandon(self) -> None: ...
+
+
+class DiskBackend(StorageBackend):
+    """Objects in files of one directory.
+
+    Before each batch the path is compared with the directory that is open. When it is gone, replaced or unmounted,
+    nothing is written, not even to what lies below the mount point: every key gets `BackendUnavailable` until a
+    directory on the same device is back at the path, which is then recovered like at start-up.
+    """
+
+    def __init__(self, open_volume: Callable[[int | None], Volume], footprint: Callable[[int], int]) -> None:
+        """`open_volume(device)` opens the directory if it is on that device; with None it is made where missing."""
+        self._open_volume = open_volume
+        self._footprint = footprint
+        self._volume: Volume | None = open_volume(None)
+        self._device = self._volume.folder.device
+        self._turn = threading.Lock()
+        self._closed = False
+
+    def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        volume = self._volume
+        return volume.contains(keys) if volume is not None else [False] * len(keys)
+
+    def get_into(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
+        try:
+            volume = self._here()
+        except (BackendError, Closed) as error:
+            return [error] * len(keys)
+        return volume.get_into(keys, buffers)
+
+    def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
+        try:
+            volume = self._here()
+        except (BackendError, Closed) as error:
+            return [error] * len(keys)
+        return volume.put_from(keys, buffers)
+
+    def delete(self, keys: Sequence[ChunkKey]) -> None:
+        self._here().delete(keys)
+
+    def clear(self) -> None:
+        self._here().clear()
+
+    def scan(self) -> Iterator[tuple[ChunkKey, int]]:
+        return self._here().scan()
+
+    def footprint(self, nbytes: int) -> int:
+        return self._footprint(nbytes)
+
+    def usage(self) -> Usage | None:
+        volume = self._volume
+        return volume.usage() if volume is not None else None
+
+    def close(self) -> None:
+        with self._turn:
+            volume, self._volume, self._closed = self._volume, None, True
+        if volume is not None:
+            volume.close()
+
+    def _here(self) -> Volume:
+        """The volume, if the path still leads to it; else a new one. Raise `BackendUnavailable` or `Closed`."""
+        volume = self._volume
+        if volume is not None and not volume.stale and volume.folder.in_place():
+            return volume
+        with self._turn:
+            if self._closed:
+                raise Closed("the backend is closed")
+            if volume is not None and volume is self._volume:
+                self._volume = None
+                volume.abandon()
+            if self._volume is None:
+                self._volume = self._open_volume(self._device)
+            return self._volume
+
+
+class SegmentBackend(DiskBackend):
+    """`mode: segments`."""
+
+    contains_is_local: ClassVar[bool] = True
+
+
+class FileBackend(DiskBackend):
+    """`mode: files`."""

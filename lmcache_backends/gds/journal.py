@@ -1,0 +1,196 @@
+"""The append-only journal of a segment store: what is where, so that a restart need not read every header.
+
+One preallocated file of fixed size: a header page, then records of 64 bytes, little-endian:
+
+    offset size  field
+         0   32  key
+        32    8  generation of the segment
+        40    4  segment
+        44    4  slot
+        48    7  object bytes
+        55    1  kind: 1 put, 2 delete, 3 touch
+        56    8  XXH3-64 of bytes 0..55, xor the journal's generation
+
+A batch is appended with one write and never synced: the journal is a hint, every object it leads to is verified
+by the core. A full journal is replaced by a snapshot through a temporary file and a rename. The end is the first
+record that does not check; a good record behind a bad one, or fewer than the snapshot held, means that a power
+cut tore it, and then the headers of the segments are read instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import secrets
+import struct
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lmcache_backends.gds.folder import Fd, Folder
+from lmcache_backends.gds.killpoint import killpoint
+from lmcache_core import _native
+from lmcache_core.types import PAGE, ChunkKey, round_up
+
+NAME = "journal"
+_TEMPORARY = "journal.tmp"
+_MAGIC = b"LMCJNL\r\n"
+_VERSION = 1
+_HEADER = struct.Struct("<8sQQQ")
+_RECORD = struct.Struct("<32sQIIQ8x")
+_KIND_SHIFT = 56
+_BODY = 56
+
+
+class Kind(enum.IntEnum):
+    """What a record says about its key."""
+
+    PUT = 1
+    DELETE = 2
+    TOUCH = 3
+
+
+class Record(NamedTuple):
+    """One journal entry."""
+
+    kind: int
+    key: ChunkKey
+    generation: int
+    segment: int
+    slot: int
+    nbytes: int
+
+
+class Journal:
+    """Appends records; not thread-safe, the store's commit lock guards it."""
+
+    def __init__(self, folder: Folder, records: int) -> None:
+        """Room for `records`; the file is made by the first `rewrite`."""
+        self._folder = folder
+        self.nbytes = file_bytes(records)
+        """Size of the file."""
+        self.records = (self.nbytes - PAGE) // _RECORD.size
+        self._fd: Fd | None = None
+        self._generation = 0
+        self._count = 0
+        self.broken = True
+        """Whether the file no longer tells the truth and must be rewritten before any slot is reused."""
+
+    @property
+    def allocated(self) -> int:
+        """Bytes on the medium."""
+        return self._fd.allocated if self._fd else 0
+
+    def fits(self, count: int) -> bool:
+        """Whether that many records can be appended before a rewrite."""
+        return self._count + count <= self.records
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Append a batch that `fits` with one write. Raise `OSError`, after which the journal is broken."""
+        assert self._fd is not None and self.fits(len(records))
+        data = _pack(records, self._generation)
+        self.broken = True
+        _write(self._fd, data, PAGE + self._count * _RECORD.size)
+        self._count += len(records)
+        self.broken = False
+
+    def rewrite(self, records: Sequence[Record]) -> None:
+        """Replace the journal by a snapshot. Raise `OSError`; the old file then stays, broken or not as it was."""
+        generation = secrets.randbits(64)
+        remove_temporary(self._folder)
+        try:
+            fd = self._folder.open(_TEMPORARY, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            os.posix_fallocate(fd.number, 0, self.nbytes)
+            head = _HEADER.pack(_MAGIC, _VERSION, generation, len(records))
+            _write(fd, head + _xxh3(head), 0)
+            _write(fd, _pack(records, generation), PAGE)
+            killpoint("compact.before_rename")
+            at = self._folder.fd.number
+            os.rename(_TEMPORARY, NAME, src_dir_fd=at, dst_dir_fd=at)
+        except OSError:
+            with contextlib.suppress(OSError):
+                remove_temporary(self._folder)
+            raise
+        killpoint("compact.after_rename")
+        self._fd, self._generation, self._count = fd, generation, len(records)
+        self.broken = False
+
+
+def file_bytes(records: int) -> int:
+    """Size of a journal with room for `records`."""
+    return round_up(PAGE + records * _RECORD.size)
+
+
+def remove_temporary(folder: Folder) -> None:
+    """Reap the temporary file of a rewrite that was interrupted."""
+    folder.unlink(_TEMPORARY)
+
+
+def remove_larger(folder: Folder, nbytes: int) -> None:
+    """Remove a journal of a larger capacity, which would not fit beside its successor."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.stat(NAME, dir_fd=folder.fd.number, follow_symlinks=False).st_size > nbytes:
+            folder.unlink(NAME)
+
+
+def load(folder: Folder) -> Iterable[Record] | None:
+    """The records of the journal in order, or None when it is missing, torn or not a journal of ours."""
+    try:
+        fd = folder.open(NAME, os.O_RDONLY)
+        with os.fdopen(os.dup(fd.number), "rb") as file:
+            head, body = file.read(PAGE), file.read()
+    except OSError:
+        return None
+    if len(head) < PAGE or head[_HEADER.size : _HEADER.size + 8] != _xxh3(head[: _HEADER.size]):
+        return None
+    magic, version, generation, snapshot = _HEADER.unpack_from(head)
+    if magic != _MAGIC or version != _VERSION:
+        return None
+    body = body[: len(body) // _RECORD.size * _RECORD.size]
+    good = _checks(np.frombuffer(body, dtype="<u8").reshape(-1, 8), generation)
+    count = len(good) if good.all() else int(good.argmin())
+    if count < snapshot or good[count:].any():
+        return None
+    return (_unpack(fields) for fields in _RECORD.iter_unpack(memoryview(body)[: count * _RECORD.size]))
+
+
+def _unpack(fields: tuple[bytes, int, int, int, int]) -> Record:
+    key, generation, segment, slot, tail = fields
+    return Record(tail >> _KIND_SHIFT, ChunkKey(key), generation, segment, slot, tail & ((1 << _KIND_SHIFT) - 1))
+
+
+def _pack(records: Sequence[Record], generation: int) -> bytes:
+    if not records:
+        return b""
+    pack = _RECORD.pack
+    data = bytearray(
+        b"".join(pack(r.key, r.generation, r.segment, r.slot, r.nbytes | r.kind << _KIND_SHIFT) for r in records)
+    )
+    rows = np.frombuffer(data, dtype="<u8").reshape(-1, 8)
+    rows[:, 7] = _row_hashes(rows) ^ np.uint64(generation)
+    return bytes(data)
+
+
+def _checks(rows: np.ndarray, generation: int) -> np.ndarray:
+    """Which rows carry the right check."""
+    return np.asarray(rows[:, 7] == (_row_hashes(rows) ^ np.uint64(generation)))
+
+
+def _row_hashes(rows: np.ndarray) -> np.ndarray:
+    if not len(rows):
+        return np.zeros(0, dtype=np.uint64)
+    addresses = int(rows.ctypes.data) + np.arange(len(rows), dtype=np.int64) * _RECORD.size
+    return _native.xxh3_64_batch(addresses, np.full(len(rows), _BODY, dtype=np.int64))
+
+
+def _xxh3(data: bytes) -> bytes:
+    return _native.xxh3_64(data).to_bytes(8, "little")
+
+
+def _write(fd: Fd, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd.number, view, offset)
+        view, offset = view[done:], offset + done

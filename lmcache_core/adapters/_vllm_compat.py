@@ -1,0 +1,354 @@
+"""Everything that depends on vLLM's version, in one place: its API, its page formats, its requests and its models.
+
+Checked against vLLM 0.32 (`vllm/distributed/kv_transfer/kv_connector/v1/base.py` and what calls it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import vllm
+from huggingface_hub import try_to_load_from_cache
+from vllm import _custom_ops as cpu_ops
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.request import Request
+
+from lmcache_core import canonical
+from lmcache_core.copies import PagedKV, PageGeometry
+from lmcache_core.errors import Unsupported
+from lmcache_core.identity import Identity, fingerprint_weights
+from lmcache_core.layout import DTYPE_BYTES, KVLayout
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TESTED = "0.32"
+
+PAGE_FORMAT = 1
+"""Version of the `packing` string this module writes. Raise it when the string's meaning changes."""
+
+_METHODS: dict[str, tuple[str, ...]] = {
+    "__init__": ("vllm_config", "role", "kv_cache_config"),
+    "register_kv_caches": ("kv_caches",),
+    "start_load_kv": ("forward_context", "kwargs"),
+    "wait_for_layer_load": ("layer_name",),
+    "save_kv_layer": ("layer_name", "kv_layer", "attn_metadata", "kwargs"),
+    "wait_for_save": (),
+    "get_finished": ("finished_req_ids",),
+    "get_block_ids_with_load_errors": (),
+    "build_connector_worker_meta": (),
+    "get_handshake_metadata": (),
+    "set_xfer_handshake_metadata": ("metadata",),
+    "get_num_new_matched_tokens": ("request", "num_computed_tokens"),
+    "update_state_after_alloc": ("request", "blocks", "num_external_tokens"),
+    "get_external_cache_hit_sources": ("request", "num_external_tokens"),
+    "build_connector_meta": ("scheduler_output",),
+    "update_connector_output": ("connector_output",),
+    "request_finished": ("request", "block_ids"),
+    "reset_cache": (),
+    "shutdown": (),
+}
+"""Methods of `KVConnectorBase_V1` the adapter overrides or calls, with their parameters."""
+
+_FIELDS: dict[type, tuple[str, ...]] = {
+    SchedulerOutput: ("num_scheduled_tokens", "total_num_scheduled_tokens", "kv_connector_block_state"),
+    KVConnectorOutput: ("kv_connector_worker_meta", "invalid_block_ids", "finished_recving"),
+    KVConnectorBlockState: ("req_ids", "resolve_block_ids"),
+    FullAttentionSpec: ("block_size", "num_kv_heads", "head_size", "head_size_v", "non_causal", "state_content_bytes"),
+}
+_REQUEST = ("prompt_embeds", "mm_features", "lora_request", "cache_salt", "resumable", "pooling_params")
+
+
+def check_api() -> None:
+    """Raise `Unsupported` with everything that differs when this vLLM's connector API is not the one known here."""
+    wrong: list[str] = []
+    for name, expected in _METHODS.items():
+        method = getattr(KVConnectorBase_V1, name, None)
+        if method is None:
+            wrong.append(f"KVConnectorBase_V1.{name} is missing")
+        elif (found := tuple(inspect.signature(method).parameters)[1:]) != expected:
+            wrong.append(f"KVConnectorBase_V1.{name} takes ({', '.join(found)}), expected ({', '.join(expected)})")
+    wrong += [
+        f"KVConnectorBase_V1.{name} is a new abstract method"
+        for name in sorted(KVConnectorBase_V1.__abstractmethods__ - _METHODS.keys())
+    ]
+    for kind, names in _FIELDS.items():
+        have = {field.name for field in dataclasses.fields(kind)}
+        wrong += [f"{kind.__name__}.{name} is missing" for name in names if name not in have]
+    parameters = inspect.signature(Request.__init__).parameters
+    wrong += [f"Request has no {name}" for name in _REQUEST if name not in parameters]
+    if wrong:
+        raise Unsupported(
+            f"vLLM {vllm.__version__} has a KV connector API that this lmcache-core does not know "
+            f"(tested with {TESTED}):\n  " + "\n  ".join(wrong) + f"\nUse vLLM {TESTED}, or a newer lmcache-core."
+        )
+
+
+# -- pages -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """The engine's KV memory of one worker, as it is."""
+
+    layout: KVLayout
+    """Of one block: `chunk_tokens` equals `block_tokens`."""
+    bases: tuple[int, ...]
+    """Address of block 0 in each layer."""
+    block_stride: int
+    """Bytes from one block to the next within a layer."""
+    num_blocks: int
+    tensors: tuple[torch.Tensor, ...]
+    """The layers' memory, in the order of `bases`."""
+
+
+def refuse_engine(vllm_config: Any, kv_cache_config: Any) -> None:
+    """Raise `Unsupported` when KV of this engine cannot be stored by prefix, or not yet."""
+    parallel, model, cache = vllm_config.parallel_config, vllm_config.model_config, vllm_config.cache_config
+    if parallel.world_size > 1:
+        raise Unsupported(f"{parallel.world_size} workers: tensor and pipeline parallel engines are not supported yet")
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise Unsupported("context parallel engines are not supported yet")
+    if model.runner_type != "generate" or model.is_diffusion or not model.is_prefix_caching_supported:
+        raise Unsupported("the KV of this model's tokens may depend on later tokens, so a prefix cannot be reused")
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
+        raise Unsupported(f"speculative decoding with {speculative.method!r} keeps KV that looks beyond its prefix")
+    if getattr(cache, "calculate_kv_scales", False):
+        raise Unsupported("calculate_kv_scales makes KV depend on the first request; it cannot be shared")
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        raise Unsupported(f"{len(groups)} KV cache groups: hybrid models are not supported yet")
+    spec = groups[0].kv_cache_spec
+    if type(spec) is not FullAttentionSpec:
+        raise Unsupported(f"KV of kind {type(spec).__name__} is not supported yet")
+    if spec.non_causal:
+        raise Unsupported("non-causal attention: a prefix cannot be reused")
+    if spec.head_size != spec.head_size_v or spec.state_content_bytes is not None or spec.num_head_slots is not None:
+        raise Unsupported("KV packed in a way this version does not know")
+
+
+def describe_pages(vllm_config: Any, kv_cache_config: Any, kv_caches: Mapping[str, torch.Tensor]) -> Pages:
+    """Describe the registered KV tensors by their strides. Raise `Unsupported` for any doubt about their meaning."""
+    refuse_engine(vllm_config, kv_cache_config)
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    names = sorted(kv_caches, key=_layer_order)
+    tensors = tuple(kv_caches[name] for name in names)
+    first = tensors[0]
+    if first.device.type != "cpu":
+        raise Unsupported(f"KV in {first.device.type} memory is not supported yet")
+    dtype = str(first.dtype).removeprefix("torch.")
+    if dtype not in DTYPE_BYTES:
+        raise Unsupported(f"KV of dtype {dtype} is not supported")
+    itemsize = first.element_size()
+    shape = (kv_cache_config.num_blocks, spec.num_kv_heads, spec.block_size, 2 * spec.head_size)
+    page_items = shape[1] * shape[2] * shape[3]
+    for name, tensor in zip(names, tensors, strict=True):
+        if tuple(tensor.shape) != shape or tensor.dtype != first.dtype or tensor.stride() != first.stride():
+            raise Unsupported(
+                f"layer {name} has KV of shape {tuple(tensor.shape)}, strides {tensor.stride()}, {tensor.dtype}; "
+                f"expected {shape}, {first.stride()}, {first.dtype}"
+            )
+    if first.stride()[1:] != (shape[2] * shape[3], shape[3], 1) or first.stride(0) < page_items:
+        raise Unsupported(f"a block of this KV layout is not one run of memory (strides {first.stride()})")
+    if len({tensor.data_ptr() for tensor in tensors}) != len(tensors):
+        raise Unsupported("layers that share their KV are not supported yet")
+    layout_name = getattr(vllm_config.cache_config.kv_cache_layout, "name", vllm_config.cache_config.kv_cache_layout)
+    layout = KVLayout(
+        order="pages",
+        dtype=dtype,
+        num_layers=len(tensors),
+        planes=2,
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_size,
+        chunk_tokens=spec.block_size,
+        block_tokens=spec.block_size,
+        packing=f"vllm-cpu/{PAGE_FORMAT}/{layout_name}/{_cpu_packing(vllm_config, names, spec, first.dtype)}",
+    )
+    bases = tuple(tensor.data_ptr() for tensor in tensors)
+    return Pages(layout, bases, first.stride(0) * itemsize, shape[0], tensors)
+
+
+def paged_kv(pages: Pages, layout: KVLayout) -> PagedKV:
+    """The copier between these pages and slots of `layout`."""
+    geometry = PageGeometry.opaque(layout, block_stride=pages.block_stride)
+    return PagedKV(pages.bases, geometry, pages.num_blocks, owner=pages.tensors)
+
+
+def prove_copies(pages: Pages) -> None:
+    """Copy one block out of the pages and one into them, and compare with what vLLM's own tensors say.
+
+    Called before the engine serves: block 0 is its null block, and gets its bytes back. Raise `Unsupported` when a
+    byte differs: then the addresses do not mean what the layout says.
+    """
+    copier = paged_kv(pages, pages.layout)
+    slot = np.zeros(pages.layout.chunk_bytes, dtype=np.uint8)
+    address = [int(slot.ctypes.data)]
+    last = pages.num_blocks - 1
+    before = {block: _bytes_of(pages, block) for block in (0, last)}
+    pattern = np.random.default_rng(0).integers(0, 256, slot.size, dtype=np.uint8)
+    copier.gather([last], address)
+    same = np.array_equal(slot, before[last])
+    slot[:] = pattern
+    copier.scatter([0], address)
+    same = same and np.array_equal(_bytes_of(pages, 0), pattern)
+    slot[:] = before[0]
+    copier.scatter([0], address)
+    same = same and all(np.array_equal(_bytes_of(pages, block), was) for block, was in before.items())
+    if not same:
+        raise Unsupported("copying a page did not give the bytes that vLLM's own tensors hold; the layout is not known")
+
+
+def _bytes_of(pages: Pages, block: int) -> NDArray[np.uint8]:
+    """One block of every layer, read through the engine's tensors."""
+    flat = torch.stack([tensor[block] for tensor in pages.tensors]).reshape(-1)
+    found: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return found
+
+
+def _layer_order(name: str) -> tuple[list[int], str]:
+    """Layers by the numbers in their names, so that `layers.10` comes after `layers.9`."""
+    return [int(number) for number in re.findall(r"\d+", name)], name
+
+
+def _cpu_packing(vllm_config: Any, names: list[str], spec: Any, dtype: torch.dtype) -> str:
+    """Name of what is inside a page: the instruction set vLLM packs it for, and a fingerprint of the packing itself.
+
+    vLLM transposes and interleaves keys for the CPU's matrix instructions. The fingerprint comes from packing a known
+    pattern with vLLM's own kernel, so that a release that packs otherwise under the same name cannot be misread.
+    """
+    layers = vllm_config.compilation_config.static_forward_context
+    found = {getattr(layers.get(name), "isa", None) for name in names}
+    if len(found) != 1 or not isinstance(isa := found.pop(), str):
+        raise Unsupported("the attention layers do not name one page format (`isa`); is this vLLM's CPU backend?")
+    heads, block, dim = spec.num_kv_heads, spec.block_size, spec.head_size
+    # Halves of integers below 256 are exact in every element type.
+    pattern = torch.arange(2 * block * heads * dim, dtype=torch.int64) * 7919 % 509
+    computed = torch.float32 if dtype == torch.float32 else vllm_config.model_config.dtype
+    key, value = ((pattern - 254) / 2).to(computed).view(2, block, heads, dim)
+    page = torch.zeros((1, heads, 2 * block, dim), dtype=dtype)
+    key_cache, value_cache = page.chunk(2, dim=2)
+    slots = torch.arange(block, dtype=torch.int64)
+    kv_dtype = vllm_config.cache_config.cache_dtype
+    try:
+        cpu_ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa, kv_cache_dtype=kv_dtype)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise Unsupported(f"vLLM's page packing kernel cannot be asked ({error})") from error
+    return f"{isa}/{hashlib.sha256(page.view(torch.uint8).numpy().tobytes()).hexdigest()[:8]}"
+
+
+# -- identity --------------------------------------------------------------------------------------------------
+_VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "return_dict"}
+
+
+def model_identity(vllm_config: Any, layout: KVLayout, weights: str = "") -> Identity:
+    """Identity of every KV this engine computes without adapters. `weights` replaces the fingerprint of the files.
+
+    Raise `Unsupported` when the weights can be neither found nor named.
+    """
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    rope = {
+        name: getattr(text, name, None)
+        for name in ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+    }
+    if set(re.findall(r'"(?:rope_)?type":"(\w+)"', _json(rope))) - {"default"}:
+        # Some scalings choose their factors by the longest sequence the engine is set up for.
+        rope["max_model_len"] = model.max_model_len
+    config = {name: value for name, value in model.hf_config.to_dict().items() if name not in _VOLATILE}
+    engine = {
+        "config": hashlib.sha256(_json(config).encode()).hexdigest()[:16],
+        "dtype": str(model.dtype),
+        "kv": vllm_config.cache_config.cache_dtype,
+        "quantization": model.quantization,
+        "vllm": vllm.__version__,
+    }
+    return Identity(
+        model=model.served_model_name,
+        weights=weights or _weights(vllm_config),
+        layout=layout,
+        revision=model.revision or "",
+        rope=_json(rope),
+        engine=_json(engine),
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _weights(vllm_config: Any) -> str:
+    model = vllm_config.model_config
+    if vllm_config.load_config.load_format == "dummy":
+        return canonical.digest(("dummy", model.seed, _json(model.hf_config.to_dict()))).hex()
+    return _fingerprint(model.model, model.revision)
+
+
+def _fingerprint(name: str, revision: str | None) -> str:
+    """Fingerprint of a model or adapter: a directory, a file, or a repository in the Hugging Face cache."""
+    path = Path(name)
+    if not path.exists():
+        for file in ("config.json", "adapter_config.json"):
+            found = try_to_load_from_cache(name, file, revision=revision)
+            if isinstance(found, str):
+                path = Path(found).parent
+                break
+    try:
+        return fingerprint_weights(path)
+    except OSError as error:
+        raise Unsupported(
+            f"the weights of {name!r} cannot be found to fingerprint them ({error}); "
+            'name them yourself with kv_connector_extra_config={"weights": "<a string that changes with them>"}'
+        ) from error
+
+
+# -- requests --------------------------------------------------------------------------------------------------
+def refuse_request(request: Any) -> str:
+    """Why this request's KV cannot be named by its token ids alone, or an empty string."""
+    if request.mm_features:
+        return "multimodal"
+    if request.prompt_embeds is not None:
+        return "prompt_embeds"
+    if request.resumable:
+        return "streaming_input"
+    if request.pooling_params is not None:
+        return "pooling"
+    return ""
+
+
+class Adapters:
+    """Identity of LoRA adapters, by content."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, str, str], str] = {}
+
+    def describe(self, lora: Any) -> str:
+        """Name and content id of a request's adapter, empty without one. Raise `Unsupported` when it has no files."""
+        if lora is None:
+            return ""
+        which = (lora.lora_int_id, lora.lora_name, lora.lora_path)
+        # vLLM loads an adapter once for its id, unless told to replace it in place.
+        if which not in self._known or lora.load_inplace:
+            self._known[which] = f"{lora.lora_name}@{_fingerprint(lora.lora_path, None)}"
+        return self._known[which]
+
+
+def hit_sources(by_tier: Mapping[str, int], memory: str) -> dict[CacheHitSource, int]:
+    """Tokens by tier name -> by vLLM's kind of source; the tier called `memory` is host memory, the others disks."""
+    found: dict[CacheHitSource, int] = {}
+    for tier, tokens in by_tier.items():
+        source = CacheHitSource.HOST if tier == memory else CacheHitSource.DISK
+        found[source] = found.get(source, 0) + tokens
+    return found

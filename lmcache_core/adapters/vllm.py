@@ -1,0 +1,345 @@
+"""LMCache core for vLLM: an out-of-tree KV connector (`KVConnectorBase_V1`), loaded by module path.
+
+    --kv-transfer-config '{"kv_connector": "LMCacheCoreConnector", "kv_role": "kv_both",
+        "kv_connector_module_path": "lmcache_core.adapters.vllm", "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"config": "/etc/lmcache.yaml"}}'
+
+vLLM makes two of these. The one in the scheduler's process owns the pipeline and its threads; the one in the worker's
+process maps the same memory and copies. They share nothing but one `StepPlan` and one `StepReport` a step. An engine
+whose KV cannot be stored safely runs as if there were no connector, and says why, once.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.logger import init_logger
+
+from lmcache_core import config
+from lmcache_core.adapters import _vllm_compat as compat
+from lmcache_core.adapters._vllm_scheduler import Request, Scheduler
+from lmcache_core.adapters._vllm_wire import StepPlan, StepReport
+from lmcache_core.adapters._vllm_worker import Worker
+from lmcache_core.build import build
+from lmcache_core.errors import ConfigError, Problem, Unsupported
+from lmcache_core.identity import Identity
+from lmcache_core.layout import KVLayout
+from lmcache_core.protocols import Frozen
+from lmcache_core.units import format_bytes
+
+logger = init_logger(__name__)
+
+SHUTDOWN_S = 10.0
+"""Longest time to write down what is still in memory only when the engine stops."""
+
+
+class Settings(Frozen):
+    """What `kv_connector_extra_config` may hold."""
+
+    config: str | dict[str, Any] | None = None
+    """The pipeline: path of a file, or the same as a mapping. Default: `LMCACHE_CONFIG_FILE`, `LMCACHE_*`, built-in."""
+    load: Literal["auto", "sync", "async"] = "auto"
+    """`sync`: within a request's first step, once its chunks are in memory. `async`: between steps, into blocks
+    allocated ahead. `auto`: like `sync` for chunks in memory; chunks on storage are overlapped with waiting for blocks
+    when vLLM may recompute a failed load (`kv_load_failure_policy`), else like `sync`, which cannot fail a request."""
+    save_decode: bool = True
+    """Whether generated tokens are saved too, not only prompts."""
+    weights: str = ""
+    """Name of the weights, in place of their fingerprint, for models without files on this machine."""
+
+
+class StepMetadata(KVConnectorMetadata):
+    """A `StepPlan` on its way to the worker."""
+
+    def __init__(self, plan: StepPlan | None) -> None:
+        self.plan = plan
+
+
+class ReportMetadata(KVConnectorWorkerMetadata):
+    """A `StepReport` on its way to the scheduler."""
+
+    def __init__(self, report: StepReport) -> None:
+        self.report = report
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> ReportMetadata:
+        if not isinstance(other, ReportMetadata):
+            raise TypeError(f"expected ReportMetadata, got {type(other).__name__}")
+        return ReportMetadata(self.report.merge(other.report))
+
+
+@dataclass
+class PagesMetadata(KVConnectorHandshakeMetadata):
+    """What a worker found its pages to be: a layout of one block, or why there is none."""
+
+    layout: KVLayout | None
+    refusal: str = ""
+
+
+class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
+    """The connector vLLM loads, in both of its roles."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        compat.check_api()
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._settings = _settings(self._kv_transfer_config.kv_connector_extra_config)
+        self._scheduler: Scheduler | None = None
+        self._worker: Worker | None = None
+        self._pages = PagesMetadata(None, "the engine registered no KV memory")
+        if role is KVConnectorRole.SCHEDULER:
+            # Mistakes in the configuration stop the engine now, before it has loaded anything.
+            self._config = config.load(self._settings.config).config
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache may forget: a preempted request need not be recomputed for our sake."""
+        return False
+
+    # -- worker: pages ---------------------------------------------------------------------------------------
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Describe the engine's pages, and prove on them that the description copies what it says."""
+        try:
+            pages = compat.describe_pages(self._vllm_config, self._kv_cache_config, kv_caches)
+            self._worker = Worker(pages.layout, lambda layout: compat.paged_kv(pages, layout))
+            compat.prove_copies(pages)
+        except Unsupported as error:
+            self._worker = None
+            self._pages = PagesMetadata(None, str(error))
+        else:
+            self._pages = PagesMetadata(pages.layout)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """The layout of this worker's pages, for the scheduler."""
+        return self._pages
+
+    # -- worker: a step --------------------------------------------------------------------------------------
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Copy every chunk of this step's plan into its blocks."""
+        if self._worker is not None and (plan := self._plan()) is not None:
+            self._worker.load(plan)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: `start_load_kv` has copied every layer."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing to do by layer: `wait_for_save` copies all layers at once."""
+
+    def wait_for_save(self) -> None:
+        """Copy the chunks this step completed out of their blocks, before anything can overwrite them."""
+        if self._worker is not None and (plan := self._plan()) is not None:
+            self._worker.save(plan)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Nothing is sent later; requests whose asynchronous load ended in this step."""
+        return None, (self._worker.received() if self._worker is not None else None)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks of this step's loads that hold nothing."""
+        return self._worker.failed() if self._worker is not None else set()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """Tell the scheduler what was copied."""
+        report = self._worker.report() if self._worker is not None else None
+        return None if report is None else ReportMetadata(report)
+
+    def _plan(self) -> StepPlan | None:
+        metadata = self._get_connector_metadata()
+        if not isinstance(metadata, StepMetadata):
+            raise TypeError(f"expected StepMetadata, got {type(metadata).__name__}")
+        return metadata.plan
+
+    # -- scheduler: start ------------------------------------------------------------------------------------
+    def set_xfer_handshake_metadata(self, metadata: Mapping[int, KVConnectorHandshakeMetadata]) -> None:
+        """Build the pipeline for the pages the workers found, or say why there is no caching."""
+        try:
+            self._scheduler = self._start(list(metadata.values()))
+        except Unsupported as error:
+            logger.warning("lmcache-core: caching is off: %s", error)
+
+    def _start(self, found: list[KVConnectorHandshakeMetadata]) -> Scheduler:
+        pages = found[0]
+        if not isinstance(pages, PagesMetadata) or len(found) != 1:
+            raise Unsupported(f"expected the pages of one worker, got {found}")
+        if pages.layout is None:
+            raise Unsupported(pages.refusal)
+        settings = self._settings
+        chunk, block = self._config.chunk_tokens, pages.layout.block_tokens
+        if chunk % block:
+            raise ConfigError(
+                [
+                    Problem(
+                        where="kv_connector_extra_config",
+                        path="chunk_tokens",
+                        what=f"{chunk} is not a multiple of vLLM's block of {block} tokens",
+                        why="a chunk is stored as whole blocks",
+                        fix=f"set chunk_tokens: {-(-chunk // block) * block}, or vLLM's --block-size",
+                    )
+                ]
+            )
+        layout = replace(pages.layout, chunk_tokens=chunk)
+        base = compat.model_identity(self._vllm_config, layout, settings.weights)
+        pipeline = build(self._config, layout, shared=True)
+        recompute = self._kv_transfer_config.kv_load_failure_policy == "recompute"
+        self._identities = _Identities(base)
+        scheduler = Scheduler(
+            pipeline,
+            self._identities.admit,
+            asynchronous=settings.load == "async",
+            overlap=settings.load == "auto" and recompute,
+            save_decode=settings.save_decode,
+        )
+        if settings.load == "async" and not recompute:
+            logger.warning(
+                "lmcache-core: load=async with kv_load_failure_policy=%s: a failed read fails its request; "
+                "set kv_load_failure_policy to recompute",
+                self._kv_transfer_config.kv_load_failure_policy,
+            )
+        slots = pipeline.slots
+        storage = [
+            f"{tier.name} {'unlimited' if tier.capacity is None else format_bytes(tier.capacity)} (write {tier.write_mode})"
+            for tier in pipeline.tiers
+        ]
+        logger.info(
+            "lmcache-core: caching KV of %s (weights %.12s, %s) in chunks of %d tokens, %s each: %s",
+            base.model,
+            base.weights,
+            layout.packing,
+            chunk,
+            format_bytes(layout.chunk_bytes),
+            "; ".join([f"{pipeline.memory_name} {slots.count} chunks, {slots.count * chunk} tokens", *storage]),
+        )
+        return scheduler
+
+    # -- scheduler: a request --------------------------------------------------------------------------------
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens beyond the engine's own that the pipeline holds; None while they are being read."""
+        if self._scheduler is None:
+            return 0, False
+        return self._scheduler.match(request, num_computed_tokens, read=not request.skip_reading_prefix_cache)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Note which blocks the promised tokens go to."""
+        if self._scheduler is not None:
+            self._scheduler.allocated(request.request_id, lambda: blocks.get_block_ids()[0], num_external_tokens)
+
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
+        """Which tiers the tokens came from, for vLLM's metrics."""
+        if self._scheduler is None:
+            return {}
+        by_tier = self._scheduler.sources(request.request_id, num_external_tokens)
+        if not by_tier:
+            found: dict[Any, int] = super().get_external_cache_hit_sources(request, num_external_tokens)
+            return found
+        return compat.hit_sources(by_tier, self._scheduler.pipeline.memory_name)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Let go of the request. Its blocks may be freed: nothing is copied after its step."""
+        if self._scheduler is not None:
+            self._scheduler.finished(request.request_id)
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The same; engines with several KV groups take no part anyway."""
+        return self.request_finished(request, [])
+
+    # -- scheduler: a step -----------------------------------------------------------------------------------
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        """The worker's part of this step."""
+        if self._scheduler is None:
+            return StepMetadata(None)
+        plan = self._scheduler.plan(scheduler_output.num_scheduled_tokens, _tables(scheduler_output))
+        return StepMetadata(None if plan.empty else plan)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """What the worker has done: release what was loaded, publish what was saved."""
+        metadata = connector_output.kv_connector_worker_meta
+        if self._scheduler is not None and isinstance(metadata, ReportMetadata):
+            self._scheduler.done(metadata.report)
+
+    # -- life ------------------------------------------------------------------------------------------------
+    def reset_cache(self) -> bool | None:
+        """Forget every chunk. What is computed from now on is kept apart from what was stored before: a reset follows a
+        change of the weights that no fingerprint of files shows, so it is not found by other processes either."""
+        if self._scheduler is None:
+            return None
+        self._identities.new_epoch()
+        return self._scheduler.clear()
+
+    def take_events(self) -> Iterable[Any]:
+        """No events yet."""
+        return ()
+
+    def shutdown(self) -> None:
+        """Write down what must be kept, then close."""
+        scheduler, self._scheduler = self._scheduler, None
+        if scheduler is not None:
+            scheduler.close(SHUTDOWN_S)
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.close()
+
+
+def _tables(scheduler_output: Any) -> Callable[[str], list[int] | None]:
+    """Block tables of the requests scheduled in this step."""
+    state = scheduler_output.kv_connector_block_state
+
+    def table(request_id: str) -> list[int] | None:
+        found = None if state is None else state.get_block_ids(request_id)
+        return None if found is None else list(found[0])
+
+    return table
+
+
+class _Identities:
+    """Identity of each request: the model's, with its adapter and its tenant."""
+
+    def __init__(self, base: Identity) -> None:
+        self._base = base
+        self._adapters = compat.Adapters()
+
+    def admit(self, request: Request) -> Identity | str:
+        """The identity, or why the request takes no part."""
+        reason = compat.refuse_request(request)
+        if reason:
+            return reason
+        try:
+            lora = self._adapters.describe(request.lora_request)  # type: ignore[attr-defined]
+        except Unsupported as error:
+            logger.warning_once("lmcache-core: requests with this adapter are not cached: %s", error)
+            return "lora"
+        return self._base.with_request(lora=lora, salt=request.cache_salt)  # type: ignore[attr-defined]
+
+    def new_epoch(self) -> None:
+        """Keep apart what is stored from now on."""
+        revision = self._base.revision.partition("#")[0]
+        self._base = replace(self._base, revision=f"{revision}#{uuid.uuid4().hex}")
+
+
+def _settings(extra: Mapping[str, Any]) -> Settings:
+    try:
+        return Settings.model_validate(dict(extra))
+    except ValidationError as error:
+        raise ConfigError(
+            [
+                Problem(
+                    where="kv_connector_extra_config",
+                    path=".".join(str(part) for part in problem["loc"]),
+                    what=f"{problem['msg']}: {problem['input']!r}",
+                    fix=f"known settings: {', '.join(Settings.model_fields)}",
+                )
+                for problem in error.errors()
+            ]
+        ) from None

@@ -1,0 +1,189 @@
+"""`load`: from a file, the environment or Python to one checked `PipelineConfig`, or every problem at once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from lmcache_core.config import classic, text
+from lmcache_core.config.checks import machine_findings
+from lmcache_core.config.diagnose import Diagnosis
+from lmcache_core.config.draft import DEFAULT, PYTHON, Draft, Origin, overlay
+from lmcache_core.config.findings import Code, Loc, dotted, raise_findings
+from lmcache_core.config.models import PipelineConfig, Shape, pipeline_findings
+from lmcache_core.errors import ConfigError, PluginError, Problem
+from lmcache_core.plugins import PLUGINS, Plugins
+
+CONFIG_FILE = "LMCACHE_CONFIG_FILE"
+
+DEFAULT_CONFIG: dict[str, Any] = {"tiers": [{"name": "dram", "capacity": "1GiB", "backend": {"type": "cpu"}}]}
+"""What `load(None)` gives when the environment names nothing: 1 GiB of host memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A checked configuration and where each value came from."""
+
+    config: PipelineConfig
+    provenance: dict[str, str]
+    """Setting (`tiers[0].capacity`) -> `file:line`, `env:NAME`, `python` or `default`."""
+    notes: tuple[str, ...]
+    """Things worth a word that stop nothing, such as classic keys without a meaning here."""
+    source: str
+    """The file's name, or `environment`, `python`, `default`."""
+    plugins: Plugins
+    """Everything the configuration names, imported and checked."""
+
+
+def load(source: Path | str | Mapping[str, Any] | None = None, env: Mapping[str, str] | None = None) -> Loaded:
+    """Load, overlay, validate and check a configuration.
+
+    `source` is a path, a mapping, or None for the file that `LMCACHE_CONFIG_FILE` names, else classic variables,
+    else `DEFAULT_CONFIG`. `env` stands for `os.environ`. Raise `ConfigError` with every problem found.
+    """
+    env = os.environ if env is None else env
+    plugins = Plugins()
+    draft, name = _read(source, env)
+    overlay(draft, env)
+    diagnosis = Diagnosis(draft, PipelineConfig, plugins)
+    _wrappers(draft, plugins)
+    problems, config, cause = list(draft.problems), None, None
+    try:
+        config = PipelineConfig.model_validate(draft.data, context={"plugins": plugins})
+    except ValidationError as error:
+        cause = error
+        known = {(details["loc"], details["msg"]) for details in error.errors()}
+        between = [
+            details for details in _between_tiers(draft, plugins) if (details["loc"], details["msg"]) not in known
+        ]
+        problems += diagnosis.problems([*error.errors(), *between])
+    if config is not None:
+        try:
+            raise_findings("PipelineConfig", machine_findings(config))
+        except ValidationError as error:
+            cause = error
+            problems += diagnosis.problems(error.errors())
+    if problems or config is None:
+        raise ConfigError([_clean(problem, diagnosis) for problem in sorted(problems, key=_text_order)]) from cause
+    notes = tuple(diagnosis.clean(note) for note in draft.notes)
+    return Loaded(config, _provenance(draft, config), notes, name, plugins)
+
+
+def _read(source: Path | str | Mapping[str, Any] | None, env: Mapping[str, str]) -> tuple[Draft, str]:
+    if source is None and env.get(CONFIG_FILE):
+        source = env[CONFIG_FILE]
+    variables = classic.variables(env)
+    if source is None and not variables:
+        return Draft.of_data(DEFAULT_CONFIG, DEFAULT), "default"
+    if source is None:
+        draft, name = Draft.of_data({}, Origin("environment", "environment")), "environment"
+    elif isinstance(source, Mapping):
+        draft, name = Draft.of_data(source, PYTHON), "python"
+    else:
+        draft, name = Draft.of_document(text.read(Path(source))), str(source)
+    if source is None or classic.is_classic(draft.data):
+        classic.translate(draft, env)
+    else:
+        for variable in sorted(variables.values()):
+            draft.notes.append(f"env:{variable}: is ignored, because {name} is not written in classic keys")
+    return draft, name
+
+
+def _wrappers(draft: Draft, plugins: Plugins) -> None:
+    """Import the named plugins now, so that a missing one is reported beside everything else."""
+    names = draft.data.get("plugins")
+    for i, name in enumerate(names if isinstance(names, list) else []):
+        if isinstance(name, str):
+            try:
+                plugins.load(PLUGINS, name)
+            except PluginError as error:
+                loc: Loc = ("plugins", i)
+                what, _, fix = str(error).rpartition("; ")
+                why = "what the plugin was to add would silently not be there"
+                where = draft.origin(loc).where
+                draft.problems.append(Problem(where, dotted(loc), what, why, fix, value=name, code=Code.PLUGIN))
+
+
+def _between_tiers(draft: Draft, plugins: Plugins) -> list[ErrorDetails]:
+    """What is wrong between tiers, where other errors kept the models from saying it."""
+    tiers = draft.data.get("tiers")
+    if not isinstance(tiers, list):
+        return []
+    try:
+        raise_findings("PipelineConfig", pipeline_findings([_shape(tier, plugins) for tier in tiers]))
+    except ValidationError as findings:
+        return findings.errors()
+    return []
+
+
+def _shape(tier: Any, plugins: Plugins) -> Shape:
+    tier = tier if isinstance(tier, dict) else {}
+    name, backend = tier.get("name"), tier.get("backend")
+    kind = backend.get("type") if isinstance(backend, dict) else getattr(backend, "type", None)
+    try:
+        in_memory = plugins.backend(kind).in_memory if isinstance(kind, str) else None
+    except PluginError:
+        in_memory = None
+    return Shape(name if isinstance(name, str) else None, in_memory)
+
+
+def _provenance(draft: Draft, config: PipelineConfig) -> dict[str, str]:
+    found: dict[str, str] = {}
+
+    def walk(value: Any, loc: Loc, given: bool) -> None:
+        given = given and _given(draft, loc)
+        if isinstance(value, BaseModel):
+            for key in type(value).model_fields:
+                walk(getattr(value, key), (*loc, key), given)
+        elif isinstance(value, (list, tuple)) and value:
+            for i, item in enumerate(value):
+                walk(item, (*loc, i), given)
+        else:
+            found[dotted(loc)] = draft.origin(loc).label if given else "default"
+
+    walk(config, (), True)
+    return found
+
+
+def _given(draft: Draft, loc: Loc) -> bool:
+    """Whether the setting was written, by itself or inside a model instance given whole."""
+    try:
+        draft.value(loc)
+    except KeyError:
+        for end in range(len(loc)):
+            try:
+                node = draft.value(loc[:end])
+            except KeyError:
+                return False
+            if isinstance(node, BaseModel):
+                return loc[end] in node.model_fields_set
+        return False
+    return True
+
+
+_PLACE = re.compile(r":(\d+):(\d+)$")
+
+
+def _text_order(problem: Problem) -> tuple[int, int]:
+    match = _PLACE.search(problem.where)
+    return (int(match[1]), int(match[2])) if match else (1 << 30, 0)
+
+
+def _clean(problem: Problem, diagnosis: Diagnosis) -> Problem:
+    """The problem without secrets, whoever wrote its words."""
+    return Problem(
+        problem.where,
+        diagnosis.clean(problem.path),
+        diagnosis.clean(problem.what),
+        diagnosis.clean(problem.why),
+        diagnosis.clean(problem.fix),
+        diagnosis.clean(problem.value),
+        problem.code,
+    )

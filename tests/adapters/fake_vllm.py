@@ -1,0 +1,488 @@
+"""A small engine that drives the vLLM connector's two halves in vLLM's order, and knows every byte that must result.
+
+KV of a token is a keyed function of all tokens up to it, written into opaque pages. Before a step reads a page, the
+page is compared with that function, so one wrong byte in any load is found where it happens. Freed pages are poisoned.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import numpy as np
+
+from lmcache_backends.cpu import CpuMemory
+from lmcache_core.adapters._vllm_scheduler import Scheduler
+from lmcache_core.adapters._vllm_wire import StepPlan, StepReport
+from lmcache_core.adapters._vllm_worker import Worker
+from lmcache_core.copies import PagedKV, PageGeometry
+from lmcache_core.eviction.lru import Lru
+from lmcache_core.identity import Identity
+from lmcache_core.layout import KVLayout
+from lmcache_core.pipeline import Pipeline
+from lmcache_core.protocols import StorageBackend
+from lmcache_core.slots import Slots
+from lmcache_core.tier import StorageTier
+from lmcache_core.types import ChunkKey, Got, Put, object_bytes, round_up
+
+LAYERS, BLOCK, CHUNK, TOKEN_BYTES, VOCAB = 2, 4, 16, 16, 97
+POISON = 0xDB
+LAYOUT = KVLayout(
+    order="pages",
+    dtype="uint8",
+    num_layers=LAYERS,
+    planes=2,
+    kv_heads=1,
+    head_dim=TOKEN_BYTES // 2,
+    chunk_tokens=CHUNK,
+    block_tokens=BLOCK,
+    packing="fake/1",
+)
+BLOCK_LAYOUT = KVLayout(**{**{f: getattr(LAYOUT, f) for f in LAYOUT.__slots__}, "chunk_tokens": BLOCK})
+
+
+def kv(before: bytes, token: int, salt: str | None) -> bytes:
+    """KV of a token in layer 0, from that of the token before it."""
+    return blake2b(before + token.to_bytes(4, "little"), digest_size=TOKEN_BYTES, key=(salt or "").encode()).digest()
+
+
+def layers_of(first: bytes) -> list[bytes]:
+    """KV of one token in every layer, from that in layer 0."""
+    return [first, *(blake2b(first, digest_size=TOKEN_BYTES, salt=bytes([i])).digest() for i in range(1, LAYERS))]
+
+
+def next_token(first: bytes) -> int:
+    """Greedy sampling: the next token from the KV of the last one."""
+    return sum(first) % VOCAB
+
+
+def answer(prompt: Sequence[int], count: int, salt: str | None = None) -> list[int]:
+    """The tokens an engine without any cache generates."""
+    last = b""
+    for token in prompt:
+        last = kv(last, token, salt)
+    out = []
+    for _ in range(count):
+        out.append(next_token(last))
+        last = kv(last, out[-1], salt)
+    return out
+
+
+@dataclass(eq=False)
+class FakeRequest:
+    """What the connector reads of vLLM's `Request`, and what the engine needs itself."""
+
+    request_id: str
+    prompt: list[int]
+    max_new: int
+    salt: str | None = None
+    lora: str = ""
+    read: bool = True
+    refused: str = ""
+    all_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    table: list[int] = field(default_factory=list)
+    receiving: bool = False
+    in_flight: int = 0
+    external: int = 0
+    """Tokens loaded by the connector, over all admissions."""
+    preemptions: int = 0
+    done: bool = False
+    aborted: bool = False
+
+    def __post_init__(self) -> None:
+        self.all_token_ids = list(self.prompt)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.all_token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def output(self) -> list[int]:
+        return self.all_token_ids[len(self.prompt) :]
+
+
+class DictStorage(StorageBackend):
+    """A storage tier in a dictionary, with faults on demand."""
+
+    contains_is_local = True
+
+    def __init__(self, stored: dict[ChunkKey, bytes] | None = None) -> None:
+        self.stored: dict[ChunkKey, bytes] = {} if stored is None else stored
+        self.gate = threading.Event()
+        """Reads wait while it is clear."""
+        self.gate.set()
+        self.broken: set[ChunkKey] = set()
+        """Keys whose bytes come back changed."""
+
+    def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        return [key in self.stored for key in keys]
+
+    def get_into(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
+        self.gate.wait(30)
+        got: list[Got] = []
+        for key, buffer in zip(keys, buffers, strict=True):
+            data = self.stored.get(key)
+            if data is None:
+                got.append(None)
+                continue
+            buffer[: len(data)] = data
+            if key in self.broken:
+                buffer[len(data) - 1] ^= 1
+            got.append(len(data))
+        return got
+
+    def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
+        for key, buffer in zip(keys, buffers, strict=True):
+            self.stored[key] = bytes(buffer)
+        return [None] * len(keys)
+
+    def delete(self, keys: Sequence[ChunkKey]) -> None:
+        for key in keys:
+            self.stored.pop(key, None)
+
+    def clear(self) -> None:
+        self.stored.clear()
+
+    def scan(self) -> Iterator[tuple[ChunkKey, int]]:
+        return iter([(key, len(data)) for key, data in self.stored.items()])
+
+    def close(self) -> None:
+        pass
+
+
+def make_pipeline(chunks: int, storage: DictStorage | None = None, *, deadline: float = 20.0) -> Pipeline:
+    """A pipeline of `chunks` slots in shared memory, over `storage`."""
+    memory = CpuMemory(pin=False, shared=True)
+    region = memory.allocate(chunks * round_up(object_bytes(LAYOUT.chunk_bytes)))
+    slots = Slots(region, LAYOUT.chunk_bytes, Lru(), poison=True)
+    tiers = []
+    if storage is not None:
+        tiers.append(
+            StorageTier(
+                "disk",
+                storage,
+                None,
+                Lru(),
+                slots,
+                LAYOUT.id,
+                write="through",
+                promote=True,
+                capacity=None,
+                threads=2,
+                queue=64,
+                inflight=1 << 30,
+                deadline=deadline,
+                staging=None,
+            )
+        )
+    return Pipeline(LAYOUT, "dram", memory, slots, tiers)
+
+
+IDENTITY = Identity(model="fake", weights="0" * 64, layout=LAYOUT)
+
+
+def admit(request: FakeRequest) -> Identity | str:
+    return request.refused or IDENTITY.with_request(lora=request.lora, salt=request.salt)
+
+
+class FakeEngine:
+    """vLLM's scheduler and worker in miniature: chunked prefill, prefix cache, preemption, asynchronous loads."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline | None,
+        *,
+        blocks: int = 64,
+        budget: int = 24,
+        prefix_cache: bool = False,
+        lag: int = 0,
+        asynchronous: bool = False,
+        overlap: bool = False,
+        save_decode: bool = True,
+        attachable: bool = True,
+    ) -> None:
+        self.pages = np.full((LAYERS, blocks, BLOCK, TOKEN_BYTES), POISON, dtype=np.uint8)
+        self.connector: Scheduler | None = None
+        if pipeline is not None:
+            self.connector = Scheduler(
+                pipeline,
+                admit,  # type: ignore[arg-type]
+                asynchronous=asynchronous,
+                overlap=overlap,
+                save_decode=save_decode,
+            )
+        self.worker = Worker(BLOCK_LAYOUT, self._bind)
+        self.attachable = attachable
+        self.budget = budget
+        self.lag = lag
+        self.free = list(range(blocks - 1, 0, -1))
+        self.refs = [0] * blocks
+        self.cache: dict[bytes, int] | None = {} if prefix_cache else None
+        self.hash_of: dict[int, bytes] = {}
+        self.waiting: deque[FakeRequest] = deque()
+        self.running: list[FakeRequest] = []
+        self.requests: dict[str, FakeRequest] = {}
+        self.received: set[str] = set()
+        self.failed: set[str] = set()
+        self.outputs: deque[tuple[dict[str, int], set[str], set[int], StepReport | None]] = deque()
+        self.steps = 0
+        self.computed_tokens = 0
+
+    def _bind(self, layout: KVLayout) -> PagedKV:
+        if not self.attachable:
+            raise ValueError("this worker cannot attach")
+        stride = self.pages.strides
+        bases = [self.pages.ctypes.data + layer * stride[0] for layer in range(LAYERS)]
+        geometry = PageGeometry.opaque(layout, block_stride=stride[1])
+        return PagedKV(bases, geometry, self.pages.shape[1], owner=self.pages)
+
+    # -- blocks ----------------------------------------------------------------------------------------------
+    def _grow(self, request: FakeRequest, tokens: int) -> bool:
+        need = -(-tokens // BLOCK) - len(request.table)
+        if need > len(self.free) + sum(1 for b in self.hash_of if self.refs[b] == 0):
+            return False
+        for _ in range(need):
+            if not self.free:
+                victim = next(b for b in self.hash_of if self.refs[b] == 0)
+                self._forget(victim)
+            block = self.free.pop()
+            self.refs[block] = 1
+            request.table.append(block)
+        return True
+
+    def _forget(self, block: int) -> None:
+        key = self.hash_of.pop(block)
+        assert self.cache is not None
+        del self.cache[key]
+        self._poison(block)
+        self.free.append(block)
+
+    def _poison(self, block: int) -> None:
+        self.pages[:, block] = POISON
+
+    def _release(self, request: FakeRequest) -> None:
+        for block in reversed(request.table):
+            self.refs[block] -= 1
+            if self.refs[block] == 0 and block not in self.hash_of:
+                self._poison(block)
+                self.free.append(block)
+        request.table = []
+
+    def _hashes(self, request: FakeRequest) -> list[bytes]:
+        keys, state = [], (request.salt or "").encode()
+        for at in range(0, request.num_tokens // BLOCK * BLOCK, BLOCK):
+            state = blake2b(state + repr(request.all_token_ids[at : at + BLOCK]).encode()).digest()
+            keys.append(state)
+        return keys
+
+    def _local_hit(self, request: FakeRequest) -> list[int]:
+        hit: list[int] = []
+        if self.cache is not None and request.read:
+            for key in self._hashes(request)[: (request.num_tokens - 1) // BLOCK]:
+                if key not in self.cache:
+                    break
+                hit.append(self.cache[key])
+        return hit
+
+    def _publish(self, request: FakeRequest, tokens: int) -> None:
+        if self.cache is not None:
+            for key, block in zip(self._hashes(request)[: tokens // BLOCK], request.table, strict=False):
+                if key not in self.cache and block not in self.hash_of:
+                    self.cache[key] = block
+                    self.hash_of[block] = key
+
+    # -- what an API server does -------------------------------------------------------------------------------
+    def add(self, request: FakeRequest) -> FakeRequest:
+        self.requests[request.request_id] = request
+        self.waiting.append(request)
+        return request
+
+    def abort(self, request: FakeRequest) -> None:
+        if request.done:
+            return
+        request.done = request.aborted = True
+        if request in self.running:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self._finish(request, hold=request.receiving and request.request_id not in self.received)
+        self.received.discard(request.request_id)
+
+    def _finish(self, request: FakeRequest, *, hold: bool = False) -> None:
+        if self.connector is not None:
+            self.connector.finished(request.request_id)
+        if not hold:
+            self._release(request)
+            del self.requests[request.request_id]
+
+    def run(self, limit: int = 5000) -> None:
+        """Step until every request has ended and every held block is back."""
+        for _ in range(limit):
+            if not self.requests and not self.outputs:
+                return
+            self.step()
+        raise AssertionError(f"no end after {limit} steps: {list(self.requests)}")
+
+    # -- one step --------------------------------------------------------------------------------------------
+    def step(self) -> None:
+        self.steps += 1
+        scheduled = self._schedule()
+        plan = StepPlan(self.steps)
+        if self.connector is not None:
+            tables = {request_id: self.requests[request_id].table for request_id in scheduled}
+            plan = self.connector.plan(scheduled, tables.get)
+        starts = {}
+        for request_id, tokens in scheduled.items():
+            request = self.requests[request_id]
+            starts[request_id] = request.num_computed_tokens
+            request.num_computed_tokens += tokens
+            request.in_flight += tokens
+        self._execute(plan, scheduled, starts)
+        while len(self.outputs) > self.lag or (self.outputs and not scheduled):
+            self._update()
+
+    def _schedule(self) -> dict[str, int]:
+        scheduled: dict[str, int] = {}
+        left = self.budget
+        for request in list(self.running):
+            tokens = min(left, request.num_tokens - request.num_computed_tokens)
+            if tokens <= 0 or request not in self.running:
+                continue
+            while not self._grow(request, request.num_computed_tokens + tokens):
+                victim = next(r for r in reversed(self.running) if r.request_id not in scheduled)
+                self._preempt(victim)
+                if victim is request:
+                    break
+            if request in self.running:
+                self._publish(request, request.num_computed_tokens + tokens)
+                scheduled[request.request_id] = tokens
+                left -= tokens
+        preempted = any(r.preemptions and not r.table for r in self.waiting)
+        for request in list(self.waiting):
+            if left <= 0 or (preempted and scheduled):
+                break
+            if request.in_flight:
+                continue
+            if request.receiving:
+                if request.request_id not in self.received:
+                    continue
+                self.received.discard(request.request_id)
+                request.receiving = False
+                if request.request_id in self.failed:
+                    self.failed.discard(request.request_id)
+                    if not request.num_computed_tokens:
+                        self._release(request)
+                self._publish(request, request.num_computed_tokens)
+            local: list[int] = []
+            external, computed, asynchronous = 0, request.num_computed_tokens, False
+            if request.num_computed_tokens == 0:
+                local = self._local_hit(request)
+                computed = len(local) * BLOCK
+                if self.connector is not None:
+                    answer, asynchronous = self.connector.match(request, computed, read=request.read)
+                    if answer is None:
+                        continue
+                    external = answer
+                    assert external % BLOCK == 0
+                    assert computed + external < request.num_tokens
+                    assert external or not asynchronous
+            tokens = 0 if asynchronous else min(left, request.num_tokens - computed - external)
+            for block in local:
+                self.refs[block] += 1
+            request.table = request.table or list(local)
+            if not self._grow(request, computed + external + tokens):
+                if request.num_computed_tokens == 0:
+                    self._release(request)
+                break
+            if self.connector is not None:
+                table = list(request.table)
+                self.connector.allocated(request.request_id, lambda table=table: table, external)
+            request.external += external
+            request.num_computed_tokens = computed + external
+            if asynchronous:
+                request.receiving = True
+                continue
+            self.waiting.remove(request)
+            self.running.append(request)
+            self._publish(request, computed + external + tokens)
+            scheduled[request.request_id] = tokens
+            left -= tokens
+        return scheduled
+
+    def _preempt(self, request: FakeRequest) -> None:
+        self.running.remove(request)
+        self._release(request)
+        request.num_computed_tokens = 0
+        request.preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _execute(self, plan: StepPlan, scheduled: dict[str, int], starts: dict[str, int]) -> None:
+        early = bool(plan.loads is not None and scheduled)
+        if early:
+            self.worker.load(plan)
+        for request_id, tokens in scheduled.items():
+            request = self.requests[request_id]
+            start = starts[request_id]
+            self._verify(request, start)
+            self.computed_tokens += tokens
+            last = self._read(request, start - 1)[0] if start else b""
+            for position in range(start, start + tokens):
+                last = kv(last, request.all_token_ids[position], request.salt)
+                for layer, value in enumerate(layers_of(last)):
+                    page = self.pages[layer, request.table[position // BLOCK], position % BLOCK]
+                    page[:] = np.frombuffer(value, np.uint8)
+        if not early:
+            self.worker.load(plan)
+        self.worker.save(plan)
+        self.outputs.append((scheduled, self.worker.received(), self.worker.failed(), self.worker.report()))
+
+    def _read(self, request: FakeRequest, position: int) -> list[bytes]:
+        return [
+            self.pages[layer, request.table[position // BLOCK], position % BLOCK].tobytes() for layer in range(LAYERS)
+        ]
+
+    def _verify(self, request: FakeRequest, computed: int) -> None:
+        last = b""
+        for position in range(computed):
+            last = kv(last, request.all_token_ids[position], request.salt)
+            found = self._read(request, position)
+            assert found == layers_of(last), f"{request.request_id}: wrong KV at token {position} of {computed}"
+
+    def _update(self) -> None:
+        scheduled, received, failed_blocks, report = self.outputs.popleft()
+        for request in self.waiting:
+            if request.receiving and failed_blocks.intersection(request.table):
+                first = next(i for i, block in enumerate(request.table) if block in failed_blocks)
+                request.num_computed_tokens = first * BLOCK
+                self.failed.add(request.request_id)
+        for request_id, tokens in scheduled.items():
+            request = self.requests.get(request_id)
+            if request is None or request.done:
+                continue
+            request.in_flight -= tokens
+            if request not in self.running:
+                continue
+            if request.num_computed_tokens == request.num_tokens:
+                first = self._read(request, request.num_tokens - 1)[0]
+                request.all_token_ids.append(next_token(first))
+                if len(request.output) == request.max_new:
+                    request.done = True
+                    self.running.remove(request)
+                    self._finish(request)
+        if self.connector is not None and report is not None:
+            self.connector.done(report)
+        for request_id in received:
+            request = self.requests[request_id]
+            if request.done:
+                self._release(request)
+                del self.requests[request_id]
+            else:
+                self.received.add(request_id)

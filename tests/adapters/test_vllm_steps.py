@@ -1,0 +1,491 @@
+"""The vLLM connector's two halves, driven in vLLM's order by a small engine that knows every byte."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import random
+from collections.abc import Callable
+
+import pytest
+from fake_vllm import BLOCK, CHUNK, DictStorage, FakeEngine, FakeRequest, answer, make_pipeline
+
+from lmcache_core.adapters import _vllm_scheduler
+from lmcache_core.adapters._vllm_wire import StepReport
+from lmcache_core.pipeline import Pipeline
+from lmcache_core.types import MissReason
+
+_ids = itertools.count()
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(90), k=count)
+
+
+def ask(engine: FakeEngine, prompt: list[int], max_new: int = 3, **more: object) -> FakeRequest:
+    """Run one request to its end and compare its answer with an engine that has no cache."""
+    request = engine.add(FakeRequest(f"r{next(_ids)}", prompt, max_new, **more))  # type: ignore[arg-type]
+    engine.run()
+    assert request.output == answer(prompt, max_new, request.salt)
+    return request
+
+
+def settled(pipeline: Pipeline) -> None:
+    """Everything that was written is written, and nothing is held."""
+    assert pipeline.flush(20)
+    pipeline.check(idle=True)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("length", [15, 16, 17, 31, 32, 33, 64, 65, 100])
+def test_second_request_loads_the_prefix(length: int, lag: int, asynchronous: bool, prefix_cache: bool) -> None:
+    pipeline = make_pipeline(32)
+    engine = FakeEngine(pipeline, asynchronous=asynchronous, prefix_cache=prefix_cache, lag=lag)
+    prompt = tokens(length)
+    ask(engine, prompt)
+    second = ask(engine, prompt)
+    # At least one token is always computed, and hits end on a block; only whole chunks are stored.
+    hit = min(length // CHUNK * CHUNK, (length - 1) // BLOCK * BLOCK)
+    local = (length - 1) // BLOCK * BLOCK if prefix_cache else 0
+    assert second.external == max(0, hit - local)
+    settled(pipeline)
+
+
+def test_hit_begins_and_ends_inside_chunks() -> None:
+    pipeline = make_pipeline(32)
+    prompt = tokens(3 * CHUNK)
+    ask(FakeEngine(pipeline), prompt)
+    # Another engine, with its own prefix cache, has seen one block and a bit of the same prompt.
+    engine = FakeEngine(pipeline, prefix_cache=True)
+    other = prompt[: BLOCK + 1] + tokens(20, seed=1)
+    assert ask(engine, other).external == 0
+    before = engine.computed_tokens
+    request = ask(engine, prompt, max_new=1)
+    # From the second block on, up to the block that holds the last token.
+    assert request.external == 3 * CHUNK - BLOCK - BLOCK
+    assert engine.computed_tokens - before == BLOCK
+    settled(pipeline)
+
+
+def test_chunked_prefill_saves_each_chunk_once() -> None:
+    pipeline = make_pipeline(32)
+    ask(FakeEngine(pipeline, budget=7), tokens(5 * CHUNK + 3), max_new=1)
+    assert pipeline.stats()["stored"] == 5
+    settled(pipeline)
+
+
+@pytest.mark.parametrize("save_decode", [True, False])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_generated_tokens_are_saved_if_wanted(save_decode: bool, lag: int) -> None:
+    pipeline = make_pipeline(32)
+    engine = FakeEngine(pipeline, save_decode=save_decode, lag=lag)
+    first = ask(engine, tokens(CHUNK + 3), max_new=3 * CHUNK)
+    # The KV of the last generated token is never computed.
+    whole = (CHUNK + 3 + 3 * CHUNK - 1) // CHUNK if save_decode else 1
+    assert pipeline.stats()["stored"] == whole
+    again = ask(engine, first.all_token_ids, max_new=2)
+    assert again.external == whole * CHUNK
+    settled(pipeline)
+
+
+def test_salts_and_adapters_are_kept_apart() -> None:
+    pipeline = make_pipeline(64)
+    engine = FakeEngine(pipeline)
+    prompt = tokens(50)
+    seen: list[dict[str, object]] = [{}, {"salt": "a"}, {"salt": "b"}, {"salt": ""}, {"lora": "x"}]
+    for more in seen:
+        assert ask(engine, prompt, **more).external == 0
+    for more in seen:
+        assert ask(engine, prompt, **more).external == 48
+
+
+def test_refused_and_unread_requests() -> None:
+    pipeline = make_pipeline(32)
+    engine = FakeEngine(pipeline)
+    prompt = tokens(50)
+    assert ask(engine, prompt, refused="multimodal").external == 0
+    assert pipeline.stats()["stored"] == 0
+    assert engine.connector is not None
+    assert engine.connector.counts["bypass.multimodal"] == 1
+    # A request that must not read the cache still fills it.
+    ask(engine, prompt, read=False)
+    assert ask(engine, prompt, read=False).external == 0
+    assert ask(engine, prompt).external == 48
+    settled(pipeline)
+
+
+def test_match_is_idempotent() -> None:
+    pipeline = make_pipeline(32)
+    engine = FakeEngine(pipeline)
+    prompt = tokens(60)
+    ask(engine, prompt)
+    connector = engine.connector
+    assert connector is not None
+    request = FakeRequest("again", prompt, 1)
+    first = connector.match(request, 0)  # type: ignore[arg-type]
+    pinned = pipeline.stats()["tiers"]["dram"]["pinned"]
+    assert first == (48, False)
+    for _ in range(5):
+        assert connector.match(request, 0) == first  # type: ignore[arg-type]
+    assert pipeline.stats()["tiers"]["dram"]["pinned"] == pinned == 3
+    # The engine's own cache may grow or shrink between two questions.
+    assert connector.match(request, CHUNK + BLOCK) == (48 - CHUNK - BLOCK, False)  # type: ignore[arg-type]
+    assert connector.match(request, 0) == first  # type: ignore[arg-type]
+    assert connector.match(request, 48) == (0, False)  # type: ignore[arg-type]
+    connector.finished("again")
+    settled(pipeline)
+
+
+def test_a_hit_the_engine_does_not_use_is_let_go() -> None:
+    pipeline = make_pipeline(32)
+    engine = FakeEngine(pipeline)
+    prompt = tokens(60)
+    ask(engine, prompt)
+    connector = engine.connector
+    assert connector is not None
+    request = FakeRequest("unused", prompt, 1)
+    assert connector.match(request, 0) == (48, False)  # type: ignore[arg-type]
+    connector.allocated("unused", lambda: [], 0)
+    settled(pipeline)
+    connector.finished("unused")
+
+
+def test_sources_name_the_tiers() -> None:
+    storage = DictStorage()
+    pipeline = make_pipeline(32, storage)
+    engine = FakeEngine(pipeline)
+    prompt = tokens(64)
+    ask(engine, prompt)
+    settled(pipeline)
+    pipeline.clear("dram")
+    connector = engine.connector
+    assert connector is not None
+    request = engine.add(FakeRequest("sources", prompt, 4))
+    while not request.output:
+        engine.step()
+    assert connector.sources("sources", request.external) == {"disk": 60}
+    assert connector.sources("sources", request.external + BLOCK) == {}
+    engine.run()
+    settled(pipeline)
+
+
+# -- storage -----------------------------------------------------------------------------------------------------
+MODES: list[dict[str, bool]] = [{}, {"overlap": True}, {"asynchronous": True}]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_restart_reads_from_storage(mode: dict[str, bool], prefix_cache: bool) -> None:
+    storage = DictStorage()
+    prompt = tokens(100)
+    first = make_pipeline(32, storage)
+    engine = FakeEngine(first)
+    ask(engine, prompt)
+    assert engine.connector is not None
+    engine.connector.close(20)
+    assert len(storage.stored) == 6
+    pipeline = make_pipeline(32, storage)
+    engine = FakeEngine(pipeline, prefix_cache=prefix_cache, **mode)
+    request = ask(engine, prompt)
+    assert request.external == 96
+    assert pipeline.stats()["hits"]["disk"] == 6
+    settled(pipeline)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_slow_read_holds_up_nobody_else(mode: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_vllm_scheduler, "IDLE_WAIT_S", 0.0)
+    storage = DictStorage()
+    prompt = tokens(100)
+    ask(FakeEngine(make_pipeline(32, storage)), prompt)
+    pipeline = make_pipeline(32, storage)
+    storage.gate.clear()
+    engine = FakeEngine(pipeline, **mode)
+    slow = engine.add(FakeRequest("slow", prompt, 2))
+    quick = engine.add(FakeRequest("quick", tokens(20, seed=5), 8))
+    for _ in range(20):
+        engine.step()
+    assert quick.done and not slow.done
+    storage.gate.set()
+    engine.run()
+    assert slow.output == answer(prompt, 2)
+    assert slow.external == 96
+    settled(pipeline)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad", [0, 2, 5])
+def test_a_failed_read_is_computed_instead(mode: dict[str, bool], bad: int) -> None:
+    storage = DictStorage()
+    prompt = tokens(100)
+    first = make_pipeline(32, storage)
+    engine = FakeEngine(first)
+    ask(engine, prompt)
+    settled(first)
+    order = list(first.slots.index)
+    assert set(order) == set(storage.stored)
+    storage.broken.add(order[bad])
+    pipeline = make_pipeline(32, storage)
+    engine = FakeEngine(pipeline, **mode)
+    ask(engine, tokens(3))
+    storage.gate.clear()
+    request = engine.add(FakeRequest("bad", prompt, 3))
+    engine.step()
+    storage.gate.set()
+    engine.run()
+    assert request.output == answer(prompt, 3)
+    connector = engine.connector
+    assert connector is not None
+    promised = (6 if mode else bad) * CHUNK
+    assert request.external == promised
+    assert connector.counts["failed_blocks"] == ((6 - bad) * CHUNK // BLOCK if mode else 0)
+    assert pipeline.stats()["misses"] == {MissReason.CORRUPT: 6 - bad}
+    settled(pipeline)
+    # The bad object was forgotten, and what was computed instead is stored and good.
+    storage.broken.clear()
+    third = make_pipeline(32, storage)
+    assert ask(FakeEngine(third, **mode), prompt).external == 96
+    settled(third)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("after", range(8))
+def test_abort_at_every_step_of_a_load(mode: dict[str, bool], after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_vllm_scheduler, "IDLE_WAIT_S", 0.0)
+    storage = DictStorage()
+    prompt = tokens(100)
+    ask(FakeEngine(make_pipeline(32, storage)), prompt)
+    pipeline = make_pipeline(32, storage)
+    storage.gate.clear()
+    engine = FakeEngine(pipeline, lag=1, **mode)
+    victim = engine.add(FakeRequest("victim", prompt, 5))
+    for step in range(after):
+        if step == 3:
+            storage.gate.set()
+            for state in list(engine.connector._states.values()):  # type: ignore[union-attr]
+                if state.fetch is not None:
+                    assert state.fetch.transfer.wait(20)
+        engine.step()
+    engine.abort(victim)
+    storage.gate.set()
+    other = engine.add(FakeRequest("other", prompt, 2))
+    engine.run()
+    assert other.output == answer(prompt, 2)
+    assert len(engine.free) == 63
+    settled(pipeline)
+
+
+def test_requests_beyond_the_limit_wait_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_vllm_scheduler, "MAX_HELD", 2)
+    storage = DictStorage()
+    prompts = [tokens(40, seed) for seed in range(6)]
+    first = FakeEngine(make_pipeline(32, storage))
+    for prompt in prompts:
+        ask(first, prompt)
+    pipeline = make_pipeline(32, storage)
+    engine = FakeEngine(pipeline, blocks=128)
+    requests = [engine.add(FakeRequest(f"q{i}", prompt, 2)) for i, prompt in enumerate(prompts)]
+    engine.run()
+    for request, prompt in zip(requests, prompts, strict=True):
+        assert request.output == answer(prompt, 2)
+        assert request.external == 32
+    settled(pipeline)
+
+
+# -- trouble -----------------------------------------------------------------------------------------------------
+def test_preempted_requests_load_again() -> None:
+    pipeline = make_pipeline(64)
+    engine = FakeEngine(pipeline, blocks=24, budget=16)
+    requests = [engine.add(FakeRequest(f"p{i}", tokens(33, i), 24)) for i in range(4)]
+    engine.run()
+    assert sum(request.preemptions for request in requests) > 0
+    for i, request in enumerate(requests):
+        assert request.output == answer(tokens(33, i), 24)
+    assert sum(request.external for request in requests) > 0
+    settled(pipeline)
+
+
+def test_memory_smaller_than_a_prompt() -> None:
+    storage = DictStorage()
+    pipeline = make_pipeline(3, storage)
+    engine = FakeEngine(pipeline, budget=20)
+    prompt = tokens(10 * CHUNK)
+    ask(engine, prompt)
+    assert ask(engine, prompt).external <= 3 * CHUNK
+    settled(pipeline)
+
+
+def test_worker_that_cannot_attach_turns_caching_off() -> None:
+    pipeline = make_pipeline(32)
+    prompt = tokens(50)
+    ask(FakeEngine(pipeline), prompt)
+    engine = FakeEngine(pipeline, attachable=False)
+    assert ask(engine, prompt).external == 0
+    assert engine.connector is not None
+    assert engine.connector.disabled == "this worker cannot attach"
+    settled(pipeline)
+
+
+def test_worker_that_never_answers_turns_caching_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_vllm_scheduler, "MAX_ATTACH_STEPS", 5)
+    pipeline = make_pipeline(32)
+    prompt = tokens(50)
+    ask(FakeEngine(pipeline), prompt)
+    engine = FakeEngine(pipeline)
+    monkeypatch.setattr(engine.worker, "report", lambda: None)
+    assert ask(engine, prompt).external == 0
+    assert engine.connector is not None
+    assert "5 steps" in engine.connector.disabled
+    engine.connector.close(5)
+    pipeline.check(idle=True)
+
+
+def test_saves_of_a_step_that_was_not_reported_are_not_published() -> None:
+    pipeline = make_pipeline(32)
+    engine = FakeEngine(pipeline, budget=CHUNK)
+    connector = engine.connector
+    assert connector is not None
+    request = engine.add(FakeRequest("lost", tokens(3 * CHUNK), 1))
+    reports: list[StepReport] = []
+    done = connector.done
+    connector.done = reports.append  # type: ignore[method-assign]
+    engine.run()
+    assert request.done
+    connector.done = done  # type: ignore[method-assign]
+    assert pipeline.stats()["stored"] == 0
+    done(reports[-1])
+    assert pipeline.stats()["stored"] == 1
+    settled(pipeline)
+
+
+def test_null_blocks_are_never_saved() -> None:
+    pipeline = make_pipeline(32)
+    connector = FakeEngine(pipeline).connector
+    assert connector is not None
+    request = FakeRequest("window", tokens(2 * CHUNK), 1)
+    assert connector.match(request, 0) == (0, False)  # type: ignore[arg-type]
+    plan = connector.plan({"window": 2 * CHUNK}, lambda _: [1, 2, 0, 3, 4, 5, 6, 7])
+    assert plan.saves is None
+    assert connector.counts["null_blocks"] == 1
+    connector.finished("window")
+    settled(pipeline)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_reset_forgets_what_was_stored_and_what_is_being_saved(lag: int) -> None:
+    storage = DictStorage()
+    pipeline = make_pipeline(32, storage)
+    engine = FakeEngine(pipeline, budget=CHUNK, lag=lag)
+    prompt = tokens(4 * CHUNK)
+    request = engine.add(FakeRequest("running", prompt, 2))
+    engine.step()
+    engine.step()
+    assert engine.connector is not None
+    assert engine.connector.clear()
+    engine.run()
+    assert request.output == answer(prompt, 2)
+    settled(pipeline)
+    # What the running request had computed before the reset was not saved after it.
+    assert not pipeline.slots.index
+    assert not storage.stored
+    ask(engine, prompt)
+    assert ask(engine, prompt).external == 4 * CHUNK - BLOCK
+
+
+def test_close_with_everything_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_vllm_scheduler, "IDLE_WAIT_S", 0.0)
+    storage = DictStorage()
+    prompts = [tokens(40, seed) for seed in range(3)]
+    first = FakeEngine(make_pipeline(32, storage))
+    for prompt in prompts:
+        ask(first, prompt)
+    storage.gate.clear()
+    pipeline = make_pipeline(32, storage)
+    engine = FakeEngine(pipeline, overlap=True, lag=1)
+    engine.add(FakeRequest("fresh", tokens(60, 9), 3))
+    engine.step()
+    for i, prompt in enumerate(prompts):
+        engine.add(FakeRequest(f"c{i}", prompt, 3))
+    engine.step()
+    storage.gate.set()
+    assert engine.connector is not None
+    engine.connector.close(20)
+    pipeline.check(idle=True)
+
+
+def test_wire_survives_pickling() -> None:
+    """vLLM moves metadata between processes by pickling it."""
+    pipeline = make_pipeline(32)
+    engine = FakeEngine(pipeline)
+    connector = engine.connector
+    assert connector is not None
+    request = FakeRequest("wire", tokens(40), 1)
+    connector.match(request, 0)  # type: ignore[arg-type]
+    plan = connector.plan({"wire": 40}, lambda _: list(range(1, 11)))
+    copy = pickle.loads(pickle.dumps(plan))
+    assert copy.attach == plan.attach
+    assert plan.saves is not None
+    assert (copy.saves.block_ids == plan.saves.block_ids).all()
+    assert pickle.loads(pickle.dumps(StepReport(3, True))) == StepReport(3, True)
+    connector.close(5)
+
+
+def test_reports_of_ranks_merge() -> None:
+    good, bad = StepReport(4, True), StepReport(4, False, "no", copied=False)
+    assert good.merge(good) == good
+    for merged in (good.merge(bad), bad.merge(good)):
+        assert merged == StepReport(4, False, "no", copied=False)
+    with pytest.raises(AssertionError, match="steps 4 and 5"):
+        good.merge(StepReport(5))
+
+
+# -- everything at once --------------------------------------------------------------------------------------------
+def _chaos(seed: int, mode: dict[str, bool]) -> None:
+    rng = random.Random(seed)
+    storage = DictStorage() if rng.random() < 0.8 else None
+    engines: list[Callable[[Pipeline], FakeEngine]] = [
+        lambda pipeline: FakeEngine(
+            pipeline,
+            blocks=rng.choice([24, 40, 100]),
+            budget=rng.choice([5, 16, 40]),
+            prefix_cache=rng.random() < 0.5,
+            lag=rng.randrange(2),
+            **mode,
+        )
+    ]
+    roots = [tokens(70, rng.random()) for _ in range(3)]  # type: ignore[arg-type]
+    for _ in range(2):  # two lifetimes over one storage
+        pipeline = make_pipeline(rng.choice([3, 8, 30]), storage)
+        engine = engines[0](pipeline)
+        live: list[FakeRequest] = []
+        for i in range(25):
+            prompt = rng.choice(roots)[: rng.randrange(1, 71)] + tokens(rng.randrange(12), rng.random())  # type: ignore[arg-type]
+            live.append(
+                engine.add(FakeRequest(f"{i}", prompt, rng.randrange(1, 12), salt=rng.choice([None, None, "t"])))
+            )
+            for _ in range(rng.randrange(6)):
+                engine.step()
+            if rng.random() < 0.15:
+                engine.abort(rng.choice(live))
+            if storage is not None and storage.stored and rng.random() < 0.3:
+                storage.broken.add(rng.choice(list(storage.stored)))
+            if rng.random() < 0.03 and engine.connector is not None:
+                engine.connector.clear()
+            pipeline.check()
+        engine.run()
+        for request in live:
+            if not request.aborted:
+                assert request.output == answer(request.prompt, request.max_new, request.salt)
+        settled(pipeline)
+        assert engine.connector is not None
+        engine.connector.close(20)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seed", range(12))
+def test_chaos(seed: int, mode: dict[str, bool]) -> None:
+    """Random prompts, tenants, aborts, resets, evictions, preemptions and damaged objects: never a wrong byte."""
+    _chaos(seed, mode)

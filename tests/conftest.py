@@ -1,0 +1,69 @@
+"""Shared fixtures. Every pipeline a test builds is checked for leaks and broken books when the test ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lmcache_backends.cpu import CpuConfig
+from lmcache_core.build import build
+from lmcache_core.config import PipelineConfig, TierConfig
+from lmcache_core.identity import Identity
+from lmcache_core.lanes import Breaker
+from lmcache_core.layout import KVLayout
+from lmcache_core.pipeline import Pipeline
+from lmcache_core.testing.faults import FaultInjector
+from lmcache_core.testing.invariants import settle
+from lmcache_core.types import object_bytes, round_up
+
+BuildPipeline = Callable[..., Pipeline]
+
+
+@pytest.fixture
+def layout() -> KVLayout:
+    """A chunk of 1 KiB: 2 layers, K and V, 16 tokens, 1 head of 8 bfloat16."""
+    return KVLayout("lknhd", "bfloat16", 2, 2, 1, 8, chunk_tokens=16, block_tokens=4)
+
+
+@pytest.fixture
+def identity(layout: KVLayout) -> Identity:
+    return Identity(model="org/model", weights="00ff", layout=layout)
+
+
+@pytest.fixture
+def quick_breaker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breakers that probe after milliseconds, so that a faulty tier is used again within a test."""
+    monkeypatch.setattr(Breaker, "PAUSE_S", (0.002, 0.01))
+
+
+@pytest.fixture
+def pipelines(layout: KVLayout) -> Iterator[BuildPipeline]:
+    """Build pipelines: `pipelines(*storage tiers, slots=8, injector=None, layout=..., verify="load")`.
+
+    Slots are poisoned when they are freed. When the test ends, nothing may be held and all books must add up.
+    """
+    opened: list[tuple[Pipeline, FaultInjector | None]] = []
+
+    def make(
+        *tiers: TierConfig, slots: int = 8, injector: FaultInjector | None = None, **options: Any
+    ) -> Pipeline:
+        kv = options.pop("layout", layout)
+        # Staging of encoded tiers comes out of the same capacity.
+        room = slots * round_up(object_bytes(kv.chunk_bytes)) + options.pop("staging", 0)
+        memory = TierConfig(name="dram", capacity=room, backend=CpuConfig(pin=False))
+        shared = options.pop("shared", False)
+        config = PipelineConfig(chunk_tokens=kv.chunk_tokens, tiers=(memory, *tiers), **options)
+        plugins = injector.plugins() if injector else None
+        pipeline = build(config, kv, shared=shared, poison=True, plugins=plugins)
+        opened.append((pipeline, injector))
+        return pipeline
+
+    yield make
+    for pipeline, injector in opened:
+        if injector is not None:
+            injector.release()
+        settle(pipeline)
+        pipeline.close()
