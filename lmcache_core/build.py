@@ -118,7 +118,8 @@ def _storage(
         raise ConfigError(f"tier {tier.name} must be a storage backend: a pipeline has one memory tier, its first")
     staging = None
     if serde is not None:
-        staging = Staging(memory.allocate(_staging_bytes(serde, tier)), staging_buffer_bytes(serde))
+        region = memory.allocate(_staging_bytes(serde, tier))
+        staging = Staging(region, staging_buffer_bytes(serde), 2 * tier.lane.threads)
     return StorageTier(
         tier.name,
         backend,

@@ -12,7 +12,8 @@ contains no prompt text. `extra_i` is empty, or a length-framed digest of what t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,30 +32,42 @@ Tokens = Sequence[int] | Any
 def as_int32(tokens: Tokens) -> NDArray[np.int32]:
     """Token ids as a contiguous int32 array, without a copy where possible.
 
-    Raise `ValueError` for ids that are negative or do not fit: a wrapped id would name another prompt.
+    Raise `ValueError` for ids that are negative, do not fit or are not integers: a wrapped or rounded id would name
+    another prompt.
     """
-    if isinstance(tokens, np.ndarray):
-        array = tokens
-    elif hasattr(tokens, "numpy"):
-        array = tokens.detach().cpu().numpy()
+    given: Any = tokens
+    if isinstance(given, np.ndarray):
+        ids = given
+    elif isinstance(given, (list, tuple)):
+        ids = _from_integers(given)
+    elif hasattr(given, "numpy"):
+        ids = given.detach().cpu().numpy()
     else:
-        # The range check is free here: NumPy refuses integers that do not fit.
         try:
-            array = np.array(tokens, dtype=np.int32)
-        except OverflowError as error:
-            raise ValueError(f"token ids must be in [0, 2**31): {error}") from None
-    if array.ndim != 1:
-        raise ValueError(f"token ids must be one-dimensional, not of shape {array.shape}")
-    if array.size:
-        if array.dtype.kind not in "iu":
-            raise ValueError(f"token ids must be integers, not {array.dtype}")
-        if array.dtype != np.int32:
-            if int(array.max()) >= 2**31 or int(array.min()) < 0:
+            ids = np.asarray(memoryview(given))
+        except TypeError:
+            ids = _from_integers(given)
+    if ids.ndim != 1:
+        raise ValueError(f"token ids must be one-dimensional, not of shape {ids.shape}")
+    if ids.size:
+        if ids.dtype.kind not in "iu":
+            raise ValueError(f"token ids must be integers, not {ids.dtype}")
+        if ids.dtype != np.int32:
+            if int(ids.max()) >= 2**31 or int(ids.min()) < 0:
                 raise ValueError("token ids must be in [0, 2**31)")
-            array = array.astype(np.int32)
-        elif int(array.min()) < 0:
-            raise ValueError(f"token ids must be in [0, 2**31), got {int(array.min())}")
-    return np.ascontiguousarray(array, dtype=np.int32)
+            ids = ids.astype(np.int32)
+        elif int(ids.min()) < 0:
+            raise ValueError("token ids must be in [0, 2**31)")
+    return np.ascontiguousarray(ids, dtype=np.int32)
+
+
+def _from_integers(tokens: Iterable[int]) -> NDArray[np.int32]:
+    # array("I") converts Python integers 3-6x faster than NumPy, and refuses floats and negative ones instead of
+    # rounding and wrapping them. Ids that need the 32nd bit come out negative, for the caller to refuse.
+    try:
+        return np.asarray(array("I", tokens)).view(np.int32)
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"token ids must be integers in [0, 2**31): {error}") from None
 
 
 class TokenChain:
@@ -75,11 +88,11 @@ class TokenChain:
 
         Return the new keys; a trailing partial chunk is ignored and must be passed again.
         """
-        array = as_int32(tokens)
-        count = array.size // self.chunk_tokens
+        ids = as_int32(tokens)
+        count = ids.size // self.chunk_tokens
         if count == 0:
             return []
-        digests = _native.sha256_chain(self._state, array[: count * self.chunk_tokens], self.chunk_tokens)
+        digests = _native.sha256_chain(self._state, ids[: count * self.chunk_tokens], self.chunk_tokens)
         self._state = digests[-32:]
         prefix = self._prefix
         new = [ChunkKey(prefix + digests[i : i + CHAIN_BYTES]) for i in range(0, 32 * count, 32)]
@@ -88,11 +101,11 @@ class TokenChain:
 
     def extend_with(self, tokens: Tokens, extra: bytes) -> ChunkKey:
         """Hash exactly one chunk together with `extra`, what its token ids do not say."""
-        array = as_int32(tokens)
-        if array.size != self.chunk_tokens:
-            raise ValueError(f"one chunk is {self.chunk_tokens} tokens, got {array.size}")
+        ids = as_int32(tokens)
+        if ids.size != self.chunk_tokens:
+            raise ValueError(f"one chunk is {self.chunk_tokens} tokens, got {ids.size}")
         framed = b"x" + hashlib.sha256(extra).digest() if extra else b""
-        self._state = hashlib.sha256(self._state + framed + array.tobytes()).digest()
+        self._state = hashlib.sha256(self._state + framed + ids.tobytes()).digest()
         key = ChunkKey(self._prefix + self._state[:CHAIN_BYTES])
         self.keys.append(key)
         return key

@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from lmcache_core import seal
-from lmcache_core.errors import Closed, CorruptChunk
+from lmcache_core.errors import BackendError, Closed, CorruptChunk
 from lmcache_core.layout import KVLayout
 from lmcache_core.plan import Move, locate, split
 from lmcache_core.protocols import MemoryBackend
@@ -28,6 +28,8 @@ from lmcache_core.types import ChunkKey, MissReason, object_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 _BATCH_BYTES = 32 << 20
 """Most bytes one lane job reads or writes, so that early chunks of a long prefix are ready early."""
@@ -176,10 +178,14 @@ class Hit:
 class _Locate:
     """Presence of keys in every storage tier; some answers may come later, from lanes."""
 
-    __slots__ = ("event", "lock", "present", "then", "waiting")
+    __slots__ = ("event", "lock", "paused", "present", "silent", "then", "waiting")
 
     def __init__(self, then: Callable[[_Locate], None]) -> None:
         self.present: list[list[bool]] = []
+        self.paused = False
+        """Whether a tier's breaker kept it from being asked."""
+        self.silent: set[int] = set()
+        """Tiers that were asked and have not answered."""
         self.waiting = 0
         self.then = then
         self.lock = threading.Lock()
@@ -187,6 +193,7 @@ class _Locate:
 
     def answer(self, tier: int, present: list[bool]) -> None:
         self.present[tier] = present
+        self.silent.discard(tier)
         self.arrive()
 
     def arrive(self) -> None:
@@ -217,6 +224,7 @@ class Transfer:
     """A prefix on its way into memory. What was in memory is pinned at once; the rest is read on the lanes."""
 
     __slots__ = (
+        "_asked",
         "_batches",
         "_deadline",
         "_event",
@@ -243,6 +251,7 @@ class Transfer:
         self._slots: list[int] = []
         self._sources: list[str] = []
         self._pending = 0
+        self._asked: _Locate | None = None
         self._batches: list[_Batch] = []
         self._deadline = 0.0
         self._event: threading.Event | None = None
@@ -306,7 +315,7 @@ class Pipeline:
         hit = Hit()
         with self._lock:
             self._check_open()
-            here = [key in self.slots.index or key in self._loads for key in keys]
+            here, reach = self._here(keys)
         resident = _leading(here)
         hit.count = resident
         hit.sources = [self.memory_name] * resident
@@ -318,31 +327,53 @@ class Pipeline:
         rest = list(keys[resident:])
 
         def fold(found: _Locate) -> None:
-            end, moves = locate(resident, len(keys), here[resident:], found.present)
+            end, moves = locate(resident, reach, here[resident:], found.present)
             sources = [self.memory_name] * end
             for move in moves:
                 for position in move.positions:
                     sources[position] = self.tiers[move.tier].name
             hit.sources = sources
             hit.count = end
-            hit.reason = MissReason.NOT_STORED if end < len(keys) else None
+            hit.reason = _gap(end, reach, len(keys), found)
             hit.pending = False
 
         hit.pending = True
         hit._locate = self._locate(rest, fold)
         return hit
 
+    def _here(self, keys: Sequence[ChunkKey]) -> tuple[list[bool], int]:
+        """Which keys are in memory or on their way, and the position of the first whose read is overdue.
+
+        An overdue read is a gap: whoever waited for it again would wait in vain. Lock held.
+        """
+        index, loads = self.slots.index, self._loads
+        here = [key in index for key in keys]
+        if loads:
+            now = monotonic()
+            for i, key in enumerate(keys):
+                if not here[i] and key in loads:
+                    if now >= loads[key].deadline:
+                        return here, i
+                    here[i] = True
+        return here, len(keys)
+
     def _locate(self, keys: list[ChunkKey], then: Callable[[_Locate], None]) -> _Locate:
         """Ask every storage tier for the keys: memory at once, media on their lanes."""
+        self._expire()
         found = _Locate(then)
         found.waiting = 1
-        asks: list[int] = []
         for t, tier in enumerate(self.tiers):
             present = tier.present(keys)
             found.present.append([False] * len(keys) if present is None else present)
-            if present is None and tier.read_breaker.allow():
-                found.waiting += 1
-                asks.append(t)
+            if tier.paused:
+                found.paused = True
+            elif present is None:
+                if tier.read_breaker.allow():
+                    found.silent.add(t)
+                else:
+                    found.paused = True
+        asks = sorted(found.silent)
+        found.waiting += len(asks)
         for t in asks:
             self._ask(found, t, keys)
         found.arrive()
@@ -356,7 +387,6 @@ class Pipeline:
             tier.read_breaker.record(MissReason.DEADLINE)
             found.answer(t, absent)
 
-        tier.read_lane.expire(tier.deadline)
         if not tier.read_lane.submit(lambda: found.answer(t, tier.ask(keys)), cancel, nbytes=0):
             cancel()
 
@@ -389,7 +419,7 @@ class Pipeline:
         transfer._event = threading.Event()
         transfer.located = False
         transfer._deadline = monotonic() + max(tier.deadline for tier in self.tiers)
-        self._locate(rest, lambda located: self._start(transfer, resident, located))
+        transfer._asked = self._locate(rest, lambda located: self._start(transfer, resident, located))
         return transfer
 
     def _start(self, transfer: Transfer, start: int, located: _Locate) -> None:
@@ -398,13 +428,14 @@ class Pipeline:
         failed: list[tuple[_Batch, MissReason]] = []
         with self._lock:
             slots = self.slots
-            here = [key in slots.index or key in self._loads for key in keys[start:]]
-            end, moves = locate(start, len(keys), here, located.present)
+            here, reach = self._here(keys[start:])
+            reach += start
+            end, moves = locate(start, reach, here, located.present)
             if transfer._finished or self._closed:
                 end, moves = start, []
             transfer._slots += [-1] * (end - start)
             transfer._sources += [self.memory_name] * (end - start)
-            transfer._reason = None if end == len(keys) else MissReason.NOT_STORED
+            transfer._reason = _gap(end, reach, len(keys), located)
             # Pin what is here before taking slots: taking evicts.
             for position in range(start, end):
                 slot = slots.index.get(keys[position])
@@ -412,7 +443,7 @@ class Pipeline:
                     slots.pins[slot] += 1
                     transfer._slots[position] = slot
             wanted = sorted(position for move in moves for position in move.positions)
-            room = slots.take(len(wanted))
+            room = self._take(len(wanted))
             if len(room) < len(wanted):
                 end = self._cut(transfer, start, wanted[len(room)])
                 wanted = wanted[: len(room)]
@@ -466,13 +497,15 @@ class Pipeline:
         tier = batch.tier
         if not tier.read_breaker.allow():
             return MissReason.BREAKER
-        tier.read_lane.expire(tier.deadline)
 
         def run() -> None:
             if monotonic() >= batch.deadline:
                 self._loaded(batch, [MissReason.DEADLINE] * len(batch.keys))
                 return
-            self._loaded(batch, tier.read(batch.keys, batch.slots), ran=True)
+            outcomes = tier.read(batch.keys, batch.slots)
+            if self._verify_on_serve:
+                self._seal(batch.keys, batch.slots, outcomes)
+            self._loaded(batch, outcomes, ran=True)
 
         def cancel() -> None:
             self._loaded(batch, [MissReason.DEADLINE] * len(batch.keys))
@@ -494,17 +527,19 @@ class Pipeline:
             slots = self.slots
             stale = batch.epoch != self._epoch
             good = [i for i, outcome in enumerate(outcomes) if outcome is None and not stale]
-            arrived = [batch.keys[i] for i in good]
-            landed = [batch.slots[i] for i in good]
+            # A store may have published a chunk while it was being read.
+            kept = {i for i in good if batch.keys[i] not in slots.index}
+            arrived = [batch.keys[i] for i in good if i in kept]
+            landed = [batch.slots[i] for i in good if i in kept]
             # The header page is only in the slot when the object is raw; then it keeps its own date.
             slots.publish_loaded(arrived, landed, int(time.time()))
-            kept = set(good)
+            ready = {i: slots.index[batch.keys[i]] for i in good}
             for i, key in enumerate(batch.keys):
                 del self._loads[key]
                 for transfer, position in batch.waiters[key]:
-                    if i in kept:
-                        slots.pins[batch.slots[i]] += 1
-                        transfer._slots[position] = batch.slots[i]
+                    if i in ready:
+                        slots.pins[ready[i]] += 1
+                        transfer._slots[position] = ready[i]
                     elif transfer._reason is None or position < transfer.count:
                         transfer.count = min(transfer.count, position)
                         transfer._reason = outcomes[i] or MissReason.RACED
@@ -524,8 +559,8 @@ class Pipeline:
         count = len(slots)
         sources = transfer._sources[:count]
         with self._lock:
-            for source in sources:
-                self.counts["hit." + source] += 1
+            for source in set(sources):
+                self.counts["hit." + source] += sources.count(source)
             if reason is not None:
                 self.counts[f"miss.{reason}"] += len(transfer.keys) - count
         for tier in self.tiers:
@@ -539,10 +574,13 @@ class Pipeline:
         transfer._finished = True
         self._live_transfers -= 1
         reason = transfer._reason
+        now = monotonic()
         if not transfer.located:
             reason = MissReason.DEADLINE
+            if transfer._asked is not None and now >= transfer._deadline:
+                for t in list(transfer._asked.silent):
+                    self.tiers[t].read_breaker.record(MissReason.DEADLINE)
         elif transfer._pending:
-            now = monotonic()
             for batch in transfer._batches:
                 for key in batch.keys:
                     if key in batch.waiters:
@@ -551,13 +589,23 @@ class Pipeline:
                     batch.expired = True
                     batch.tier.read_breaker.record(MissReason.DEADLINE)
             transfer._pending = 0
-            reason = MissReason.DEADLINE
         held = transfer._slots
         count = held.index(-1) if -1 in held else len(held)
+        if count < transfer.count:
+            reason = MissReason.DEADLINE  # not failed: not here in time
         if count < len(held):
             self.slots.unpin([slot for slot in held[count:] if slot >= 0])
         transfer._slots = []
         return held[:count], reason if count < len(transfer.keys) else None
+
+    def _seal(self, keys: Sequence[ChunkKey], slots: Sequence[int], outcomes: Sequence[Outcome]) -> None:
+        """Seal the chunks that have no header yet, so that they can be verified when they are served."""
+        size, now = self.slots.chunk_bytes, int(time.time())
+        for key, slot, outcome in zip(keys, slots, outcomes, strict=True):
+            if outcome is None and not self.slots.sealed[slot]:
+                view = self.slots.view(slot, object_bytes(size))
+                seal.seal(view, key, self.layout.id, seal.RAW_CODEC, size, size, now)
+                self.slots.sealed[slot] = 1
 
     def _verified(
         self, transfer: Transfer, slots: list[int], reason: MissReason | None
@@ -607,21 +655,26 @@ class Pipeline:
         Give the whole prefix: it marks the use. A caller that stores a growing sequence piece by piece passes `first`,
         so that what was evicted in between is not copied again with every piece.
         """
+        self._expire()
         with self._lock:
             self._check_open()
             slots = self.slots
             index, loads, filling = slots.index, self._loads, self._filling
+            now = monotonic() if loads else 0.0
             positions = [
                 i
                 for i, key in enumerate(keys)
-                if i >= first and key not in index and key not in loads and key not in filling
+                if i >= first
+                and key not in index
+                and key not in filling
+                and (key not in loads or now >= loads[key].deadline)
             ]
             if len(positions) < len(keys):
                 slots.policy.touch(keys)
             new = [keys[i] for i in positions]
             if len(set(new)) < len(new):
                 raise ValueError("the keys repeat: a prefix has each chunk once")
-            taken = slots.take(len(positions))
+            taken = self._take(len(positions))
             if len(taken) < len(positions):
                 self.counts["drop.no_room"] += len(positions) - len(taken)
                 del positions[len(taken) :], new[len(taken) :]
@@ -639,15 +692,17 @@ class Pipeline:
     def _commit(self, keys: list[ChunkKey], slots: list[int], epoch: int) -> int:
         now = int(time.time())
         if self._verify_on_serve:
-            size = self.slots.chunk_bytes
-            for key, slot in zip(keys, slots, strict=True):
-                view = self.slots.view(slot, object_bytes(size))
-                seal.seal(view, key, self.layout.id, seal.RAW_CODEC, size, size, now)
+            self._seal(keys, slots, [None] * len(keys))
         with self._lock:
             self._filling.difference_update(keys)
             if epoch != self._epoch or self._closed:
                 self.slots.give_back(slots)
                 return 0
+            # A read may have brought a chunk while it was being filled.
+            late = [i for i, key in enumerate(keys) if key in self.slots.index]
+            if late:
+                self.slots.give_back([slots[i] for i in late])
+                keys, slots = _without(keys, late), _without(slots, late)
             self.slots.publish(keys, slots, now, sealed=self._verify_on_serve)
             self.counts["stored"] += len(keys)
             if self.tiers:
@@ -675,6 +730,13 @@ class Pipeline:
                 self._write(tier, keys, slots, None)
         if len(self.slots.dirty) > self._dirty_limit:
             self._demote(len(self.slots.dirty) - self._dirty_limit // 2 - len(self._demoting))
+
+    def _take(self, want: int) -> list[int]:
+        """Up to `want` slots. Where dirty chunks stand in the way, start writing them down for the next time. Lock held."""
+        taken = self.slots.take(want)
+        if len(taken) < want and self.slots.dirty:
+            self._demote(want - len(taken))
+        return taken
 
     def _demote(self, want: int) -> None:
         """Write the coldest dirty chunks to the write-back tiers, ahead of need. Lock held."""
@@ -711,7 +773,6 @@ class Pipeline:
         then: Callable[[Sequence[int], bool], None] | None,
     ) -> None:
         """Queue chunks for a tier in batches, pinned until written. What the lane refuses is dropped. Lock held."""
-        tier.write_lane.expire(tier.deadline)
         for at in range(0, len(keys), self._batch_chunks):
             some = list(keys[at : at + self._batch_chunks])
             held = list(numbers[at : at + self._batch_chunks])
@@ -767,23 +828,38 @@ class Pipeline:
 
     # -- life ------------------------------------------------------------------------------------------------
     def clear(self, tier: str | None = None) -> None:
-        """Forget every chunk: of one tier by name, or of all. Blocks on the media's own deletion."""
+        """Forget every chunk: of one tier by name, or of all. Blocks on the media's own deletion.
+
+        Raise `BackendError`, after every tier was tried, when a medium could not delete its objects.
+        """
         names = [self.memory_name, *(t.name for t in self.tiers)]
         if tier is not None and tier not in names:
             raise ValueError(f"no tier {tier!r}; there are {', '.join(names)}")
         if tier in (None, self.memory_name):
-            with self._lock:
-                self._epoch += 1
-                for key in list(self.slots.index):
-                    self.slots.hide(key)
+            self._forget_memory()
+        failed: list[str] = []
         for storage in self.tiers:
             if tier in (None, storage.name):
-                storage.clear()
+                try:
+                    storage.clear()
+                except Exception as error:
+                    failed.append(f"{storage.name}: {type(error).__name__}: {error}")
+        if tier is None:
+            self._forget_memory()  # what was read from a tier before it was cleared
+        if failed:
+            raise BackendError(f"not cleared: {'; '.join(failed)}")
+
+    def _forget_memory(self) -> None:
+        with self._lock:
+            self._epoch += 1
+            for key in list(self.slots.index):
+                self.slots.hide(key)
 
     def flush(self, timeout: float) -> bool:
         """Write down everything that must be written; False when that took longer than `timeout` seconds."""
         end = monotonic() + timeout
         while True:
+            self._expire()
             with self._lock:
                 if self._back and self.slots.dirty:
                     self._demote(len(self.slots.dirty) - len(self._demoting))
@@ -792,7 +868,7 @@ class Pipeline:
                     return False
             if not self.slots.dirty:
                 return True
-            if monotonic() >= end:
+            if self._closed or monotonic() >= end:
                 return False
 
     def close(self, timeout: float = 10.0) -> None:
@@ -806,6 +882,12 @@ class Pipeline:
         for tier in self.tiers:
             tier.close(max(0.1, end - monotonic()))
         self._memory.close()
+
+    def _expire(self) -> None:
+        """Cancel work that waited behind a hung medium for too long. Its callbacks take the lock: it must be free."""
+        for tier in self.tiers:
+            tier.read_lane.expire(tier.deadline)
+            tier.write_lane.expire(tier.deadline)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -831,7 +913,7 @@ class Pipeline:
             }
         tiers: dict[str, Any] = {self.memory_name: memory}
         for tier in self.tiers:
-            usage = tier.backend.usage()
+            usage = tier.usage()
             tiers[tier.name] = {
                 **tier.counts,
                 "used_bytes": tier.used,
@@ -869,3 +951,18 @@ class Pipeline:
 def _leading(flags: Sequence[bool]) -> int:
     """Length of the run of True at the start."""
     return flags.index(False) if False in flags else len(flags)
+
+
+def _gap(end: int, reach: int, count: int, found: _Locate) -> MissReason | None:
+    """Why a prefix of `count` chunks ends at `end`: where a read is overdue, a tier is paused, or nothing is stored."""
+    if end == count:
+        return None
+    if end == reach:
+        return MissReason.DEADLINE
+    return MissReason.BREAKER if found.paused else MissReason.NOT_STORED
+
+
+def _without(items: list[T], positions: Sequence[int]) -> list[T]:
+    """The items that are not at `positions`."""
+    gone = set(positions)
+    return [item for i, item in enumerate(items) if i not in gone]

@@ -196,6 +196,8 @@ class Plugins:
             mend = f"to add it: `pip install lmcache-backend-{name}`"
         else:
             mend = "to add it, install the distribution that provides it"
+        if close:
+            mend = f"write `{close}`, or {mend}"
         return f"no {noun} `{name}` is installed; {hint}installed: {listed}; {mend}"
 
 

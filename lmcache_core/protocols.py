@@ -23,9 +23,9 @@ API_VERSION = 1
 
 
 class Frozen(BaseModel):
-    """Immutable model that refuses unknown keys."""
+    """Immutable model that refuses unknown keys, and whose errors never show values: one may be a secret."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,6 +159,7 @@ class Slots:
                 raise AssertionError(f"slot {slot} was released more often than it was pinned")
             pins[slot] = left
             if left == 0 and key_of[slot] is None:
+                self.sealed[slot] = 0  # a writer may have sealed it after it was hidden
                 self._scrub(slot)
                 self.free.append(slot)
 

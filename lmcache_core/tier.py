@@ -17,7 +17,7 @@ from lmcache_core.errors import BackendError, CorruptChunk, NoSpace
 from lmcache_core.lanes import Breaker, Lane
 from lmcache_core.protocols import EvictionPolicy, Region, Serde, StorageBackend
 from lmcache_core.slots import Slots
-from lmcache_core.types import HEADER_BYTES, ChunkKey, MissReason, object_bytes, round_up
+from lmcache_core.types import HEADER_BYTES, ChunkKey, MissReason, Usage, object_bytes, round_up
 
 _T = TypeVar("_T")
 
@@ -29,21 +29,23 @@ _RETRIES = 8
 
 
 class Staging:
-    """A fixed pool of buffers for encoded objects, cut at start-up."""
+    """A fixed pool of buffers for encoded objects, cut at start-up into an equal share for each lane thread."""
 
-    def __init__(self, region: Region, buffer_bytes: int) -> None:
+    def __init__(self, region: Region, buffer_bytes: int, threads: int) -> None:
         self.region = region
         count = region.nbytes // buffer_bytes
+        self._share = count // threads
         self._free = [region.view[i * buffer_bytes : (i + 1) * buffer_bytes] for i in range(count)]
         self._lock = threading.Lock()
 
     def take(self, want: int) -> list[memoryview]:
-        """Up to `want` buffers, at least one: every lane thread has its share."""
+        """Up to `want` buffers, at least one and at most a thread's share, so that no thread leaves another without."""
+        count = min(want, self._share)
         with self._lock:
-            taken = self._free[-want:]
-            del self._free[-want:]
-        if not taken:
-            raise AssertionError("staging is cut to one buffer or more for each lane thread")
+            taken = self._free[-count:]
+            del self._free[-count:]
+        if len(taken) < count or not taken:
+            raise AssertionError(f"{count} staging buffers wanted, {len(taken)} left: a lane thread took two shares")
         return taken
 
     def give_back(self, buffers: Sequence[memoryview]) -> None:
@@ -93,6 +95,8 @@ class StorageTier:
         self._policy = policy
         self._index: dict[ChunkKey, int] | None = None
         self._used = 0
+        self._pending = 0
+        """Bytes that are being put and not in the index yet."""
         self._writing: set[ChunkKey] = set()
         self._epoch = 0
         found = backend.scan()
@@ -106,12 +110,17 @@ class StorageTier:
     # -- index -----------------------------------------------------------------------------------------------
     def present(self, keys: Sequence[ChunkKey]) -> list[bool] | None:
         """Which keys the tier has; None when only the medium knows and it must be asked on the lane."""
-        if self.read_breaker.open and not self.read_breaker.due:
+        if self.paused:
             return [False] * len(keys)
         if self._index is not None:
             index = self._index
             return [key in index for key in keys]
         return self._contains(keys) if self.backend.contains_is_local else None
+
+    @property
+    def paused(self) -> bool:
+        """Whether the breaker keeps everybody from reading now."""
+        return self.read_breaker.open and not self.read_breaker.due
 
     def ask(self, keys: Sequence[ChunkKey]) -> list[bool]:
         """Ask the medium which keys it has. Errors count as absent, and for the breaker."""
@@ -138,6 +147,13 @@ class StorageTier:
     # -- blocking work, on the lanes -------------------------------------------------------------------------
     def read(self, keys: Sequence[ChunkKey], slots: Sequence[int]) -> list[Outcome]:
         """Fill each slot with its raw chunk, verified. Raw objects land in the slot with their header."""
+        try:
+            return self._read(keys, slots)
+        except (Exception, SystemExit) as error:  # a plugin's surprise ends neither the lane's thread nor the request
+            self._failed("read", error)
+            return [MissReason.ERROR] * len(keys)
+
+    def _read(self, keys: Sequence[ChunkKey], slots: Sequence[int]) -> list[Outcome]:
         if self._serde is None:
             views = [self._slots.view(slot) for slot in slots]
             outcomes = self._fetch(keys, views)
@@ -176,6 +192,9 @@ class StorageTier:
                 self._store(new, keys, views, outcomes)
             else:
                 self._encode(new, keys, slots, outcomes)
+        except (Exception, SystemExit) as error:  # as in `read`
+            self._failed("write", error)
+            outcomes = [MissReason.ERROR] * len(keys)
         finally:
             with self._lock:
                 self._writing.difference_update(keys[i] for i in new)
@@ -187,20 +206,15 @@ class StorageTier:
     def forget(self, keys: Sequence[ChunkKey]) -> None:
         """Delete keys from the index and the medium."""
         self._leave(keys)
-        try:
-            self.backend.delete(keys)
-        except Exception as error:
-            self._failed("delete", error)
+        self._delete(keys)
 
     def clear(self) -> None:
-        """Delete everything, also what is being written."""
+        """Delete everything, also what is being written. Raise what the backend raises; then nothing is forgotten."""
         with self._lock:
             self._epoch += 1
+            gone = list(self._index or ())
         self.backend.clear()
-        if self._index is not None:
-            with self._lock:
-                gone = list(self._index)
-            self._leave(gone)
+        self._leave(gone)
 
     def close(self, timeout: float) -> None:
         """Stop the lanes, then the backend, unless a thread is still inside it."""
@@ -223,7 +237,7 @@ class StorageTier:
                 outcomes.append(MissReason.RACED if self._leave([key]) else MissReason.NOT_STORED)
             elif isinstance(got, CorruptChunk):
                 outcomes.append(self._quarantine(key, got))
-            elif isinstance(got, Exception):
+            elif not isinstance(got, int):
                 self._failed("get", got)
                 outcomes.append(MissReason.ERROR)
             else:
@@ -256,11 +270,12 @@ class StorageTier:
 
     def _quarantine(self, key: ChunkKey, error: CorruptChunk) -> MissReason:
         """Never serve this object again, and never look at it again."""
+        reason = MissReason(error.reason) if error.reason in set(MissReason) else MissReason.CORRUPT
         with self._lock:
             self.counts["quarantined"] += 1
-            self.counts[f"quarantined_{error.reason}"] += 1
+            self.counts[f"quarantined_{reason}"] += 1
         self.forget([key])
-        return MissReason(error.reason)
+        return reason
 
     # -- writing ---------------------------------------------------------------------------------------------
     def _sealed(self, key: ChunkKey, slot: int) -> memoryview:
@@ -284,14 +299,16 @@ class StorageTier:
                 some = new[at : at + len(buffers)]
                 bodies = [buffer[HEADER_BYTES:] for buffer in buffers[: len(some)]]
                 try:
-                    sizes = self._serde.encode([self._slots.payload(slots[i]) for i in some], bodies)
+                    sizes = _all(some, self._serde.encode([self._slots.payload(slots[i]) for i in some], bodies))
+                    if not all(0 <= size <= len(body) for size, body in zip(sizes, bodies, strict=True)):
+                        raise BackendError(f"serde {self.codec} encoded into {sizes} bytes, its bound is {len(bodies[0])}")
                 except Exception as error:
                     self._failed("encode", error)
                     for i in some:
                         outcomes[i] = MissReason.ERROR
                     continue
                 views = []
-                for i, buffer, size in zip(some, buffers, sizes, strict=False):
+                for i, buffer, size in zip(some, buffers[: len(some)], sizes, strict=True):
                     obj = buffer[: object_bytes(size)]
                     created = self._slots.created[slots[i]]
                     seal.seal(obj, keys[i], self._layout_id, self.codec, self._slots.chunk_bytes, size, created)
@@ -308,43 +325,76 @@ class StorageTier:
         for attempt in range(_RETRIES + 1):
             if not todo:
                 return
-            need = sum(self.backend.footprint(len(view)) for _, view in todo)
+            sizes = [self.backend.footprint(len(view)) for _, view in todo]
             with self._lock:
-                victims = self._shrink(need, spare=attempt)
-            self._delete(victims)
-            if attempt and not victims:
-                break
-            batch = [keys[i] for i, _ in todo]
+                victims = self._shrink(sum(sizes), spare=attempt)
+                # What does not fit even now (a batch larger than the tier, or other writers' bytes) is not written.
+                fits = self._fitting(sizes)
+                charge = sum(sizes[:fits])
+                self._pending += charge
             try:
-                results = _all(batch, self.backend.put_from(batch, [view for _, view in todo]))
-            except Exception as error:
-                results = [error] * len(todo)
-            again = []
-            stored: list[int] = []
-            sizes: list[int] = []
-            for (i, view), result in zip(todo, results, strict=True):
-                if result is None:
-                    stored.append(i)
-                    sizes.append(len(view))
-                elif isinstance(result, NoSpace):
-                    again.append((i, view))
-                else:
-                    self._failed("put", result)
-                    outcomes[i] = MissReason.ERROR
-            with self._lock:
-                self._enter([keys[i] for i in stored], [self.backend.footprint(size) for size in sizes])
-                self.counts["written_bytes"] += sum(sizes)
-            todo = again
+                self._delete(victims)
+                for i, _ in todo[fits:]:
+                    outcomes[i] = MissReason.NO_ROOM
+                if attempt and not victims:
+                    break
+                todo = self._put(todo[:fits], keys, sizes, outcomes)
+            finally:
+                with self._lock:
+                    self._pending -= charge
             if self._index is None:
                 break
         for i, _ in todo:
             outcomes[i] = MissReason.NO_ROOM
 
+    def _put(
+        self,
+        todo: Sequence[tuple[int, memoryview]],
+        keys: Sequence[ChunkKey],
+        sizes: Sequence[int],
+        outcomes: list[Outcome],
+    ) -> list[tuple[int, memoryview]]:
+        """Put once; return what found no space."""
+        batch = [keys[i] for i, _ in todo]
+        try:
+            results = _all(batch, self.backend.put_from(batch, [view for _, view in todo]))
+        except Exception as error:
+            results = [error] * len(todo)
+        again: list[tuple[int, memoryview]] = []
+        stored: list[ChunkKey] = []
+        charged: list[int] = []
+        written = 0
+        for (i, view), size, result in zip(todo, sizes, results, strict=False):
+            if result is None:
+                stored.append(keys[i])
+                charged.append(size)
+                written += len(view)
+            elif isinstance(result, NoSpace):
+                again.append((i, view))
+            else:
+                self._failed("put", result)
+                outcomes[i] = MissReason.ERROR
+        with self._lock:
+            self._enter(stored, charged)
+            self.counts["written_bytes"] += written
+        return again
+
+    def _fitting(self, sizes: Sequence[int]) -> int:
+        """How many objects of these sizes, from the first on, fit beside what is stored and being put. Lock held."""
+        if self._index is None or self.capacity is None:
+            return len(sizes)
+        room = self.capacity - self._used - self._pending
+        for count, size in enumerate(sizes):
+            room -= size
+            if room < 0:
+                return count
+        return len(sizes)
+
     def _shrink(self, need: int, spare: int = 0) -> list[ChunkKey]:
         """Take the coldest keys, at least `spare`, out of the index until `need` more bytes fit. Lock held."""
         if self._index is None:
             return []
-        over = self._used + need - self.capacity if self.capacity is not None else 0
+        over = self._used + self._pending + need - self.capacity if self.capacity is not None else 0
         victims: list[ChunkKey] = []
         freed = 0
         for key in islice(self._policy.coldest(), len(self._index)):
@@ -362,7 +412,7 @@ class StorageTier:
         if keys:
             try:
                 self.backend.delete(keys)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._failed("delete", error)
 
     # -- books -----------------------------------------------------------------------------------------------
@@ -395,11 +445,19 @@ class StorageTier:
     def _contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         try:
             return _all(keys, self.backend.contains(keys))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._failed("contains", error)
             return [False] * len(keys)
 
-    def _failed(self, operation: str, error: Exception) -> None:
+    def usage(self) -> Usage | None:
+        """What the medium holds, or None when it cannot say."""
+        try:
+            return self.backend.usage()
+        except (Exception, SystemExit) as error:
+            self._failed("usage", error)
+            return None
+
+    def _failed(self, operation: str, error: object) -> None:
         with self._lock:
             self.counts[f"{operation}_errors"] += 1
         self.last_error = f"{operation}: {type(error).__name__}: {error}" if str(error) else f"{operation}: {error!r}"
@@ -412,6 +470,7 @@ class StorageTier:
         if self._index is None:
             return
         with self._lock:
+            assert not self._pending, f"tier {self.name}: {self._pending} bytes charged for puts that ended"
             total = sum(self._index.values())
             assert self._used == total, f"tier {self.name}: {self._used} bytes in the books, {total} in the index"
             assert set(self._policy.coldest()) == self._index.keys(), f"tier {self.name}: policy and index disagree"

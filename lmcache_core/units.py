@@ -128,7 +128,7 @@ def _nearby(unit: str, units: dict[str, int] | dict[str, Decimal]) -> str:
     if len(unit) == 1 and units is _BYTES and unit.upper() in "KMGTP":
         letter = unit.upper()
         return f" (`{letter}iB` counts in 1024s, `{'k' if letter == 'K' else letter}B` in 1000s)"
-    return f" (units: {', '.join(name for name in units if name)})"
+    return " (units: KiB, MiB, GiB, TiB, kB, MB, GB, TB)" if units is _BYTES else " (units: us, ms, s, min, h)"
 
 
 def format_bytes(nbytes: int) -> str:

@@ -93,3 +93,225 @@ def test_writes_queued_behind_a_hang_expire(pipelines: BuildPipeline, keys: list
     store(pipeline, keys[2:3])
     assert pipeline.stats()["tiers"]["store"]["dropped_deadline"] >= 1
     assert served(pipeline, keys[:3]) == 3
+
+
+def test_a_hung_load_is_a_gap_not_a_wait(pipelines: BuildPipeline, keys: list[ChunkKey]) -> None:
+    """A key whose read is overdue is missing at once for the next request, can be stored again, and is served then."""
+    injector = FaultInjector({"store": Rates()})
+    pipeline = pipelines(tier(lane=QUICK), injector=injector)
+    store(pipeline, keys[:3])
+    settle(pipeline)
+    pipeline.clear("dram")
+    injector["store"].hold("get_into")
+    first = pipeline.fetch(keys[:3])
+    injector["store"].wait_held()
+    assert first.result().reason is MissReason.DEADLINE
+    hit = pipeline.lookup(keys[:3])
+    assert hit.count == 0 and hit.reason is MissReason.DEADLINE
+    second = pipeline.fetch(keys[:3])
+    assert second.done
+    assert second.result().reason is MissReason.DEADLINE
+    assert store(pipeline, keys[:3]) == 3
+    assert served(pipeline, keys[:3]) == 3
+    injector.release()
+    settle(pipeline)
+    assert served(pipeline, keys[:3]) == 3
+
+
+def test_a_store_and_a_load_of_one_key_at_once(pipelines: BuildPipeline, keys: list[ChunkKey]) -> None:
+    """Whichever ends first stays; the other's slot comes back (it used to leak)."""
+    injector = FaultInjector({"store": Rates()})
+    pipeline = pipelines(tier(lane=SLOW), injector=injector)
+    store(pipeline, keys[:2])
+    settle(pipeline)
+    pipeline.clear("dram")
+
+    reservation = pipeline.reserve(keys[:2])
+    assert served(pipeline, keys[:2]) == 2
+    fill(keys)(reservation)
+    assert reservation.commit() == 0
+    settle(pipeline)
+
+    pipeline.clear("dram")
+    reservation = pipeline.reserve(keys[:2])
+    injector["store"].hold("get_into")
+    transfer = pipeline.fetch(keys[:2])
+    injector["store"].wait_held()
+    fill(keys)(reservation)
+    assert reservation.commit() == 2
+    injector.release()
+    with transfer.result() as lease:
+        assert [bytes(lease.view(i)) for i in range(2)] == [chunk(key, 1024) for key in keys[:2]]
+    settle(pipeline)
+    assert pipeline.stats()["tiers"]["dram"]["ready"] == 2
+
+
+def test_clear_forgets_what_waits_to_be_written(pipelines: BuildPipeline, keys: list[ChunkKey]) -> None:
+    """A write queued before `clear` must not bring its chunk back afterwards."""
+    injector = FaultInjector({"store": Rates()})
+    pipeline = pipelines(tier(lane=SLOW), injector=injector, slots=16)
+    injector["store"].hold("put_from")
+    store(pipeline, keys[:1])
+    injector["store"].wait_held()
+    store(pipeline, keys[1:2])
+    pipeline.clear()
+    assert store(pipeline, keys[2:3]) == 1
+    injector.release()
+    settle(pipeline)
+    assert [pipeline.lookup([key]).count for key in keys[:3]] == [0, 0, 1]
+    assert injector["store"].inner.contains(keys[:3]) == [False, False, True]
+
+
+def test_clear_forgets_what_is_being_read(pipelines: BuildPipeline, keys: list[ChunkKey]) -> None:
+    """A chunk read from a tier between the clearing of memory and of the tier does not survive."""
+    injector = FaultInjector({"store": Rates()})
+    pipeline = pipelines(tier(lane=SLOW), injector=injector)
+    store(pipeline, keys[:2])
+    settle(pipeline)
+    pipeline.clear("dram")
+    injector["store"].hold("clear")
+    clearing = threading.Thread(target=pipeline.clear)
+    clearing.start()
+    injector["store"].wait_held()
+    assert served(pipeline, keys[:2]) == 2
+    injector.release()
+    clearing.join()
+    assert pipeline.lookup(keys[:2]).count == 0
+    assert served(pipeline, keys[:2]) == 0
+
+
+def test_clear_tries_every_tier_and_says_what_failed(pipelines: BuildPipeline, keys: list[ChunkKey]) -> None:
+    injector = FaultInjector({"near": Rates(), "far": Rates()})
+    pipeline = pipelines(tier("near"), tier("far"), injector=injector)
+    store(pipeline, keys[:2])
+    settle(pipeline)
+    injector["near"].fail["clear"] = OSError(5, "no")
+    with pytest.raises(BackendError, match=r"near.*no"):
+        pipeline.clear()
+    assert pipeline.stats()["tiers"]["far"]["objects"] == 0
+    assert served(pipeline, keys[:2]) == 2  # still in the tier that could not be cleared: said, not hidden
+    injector["near"].fail.clear()
+    pipeline.clear()
+    assert served(pipeline, keys[:2]) == 0
+
+
+def test_cold_dirty_chunks_do_not_block_memory(
+    pipelines: BuildPipeline, keys: list[ChunkKey], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the coldest chunks are all dirty, a store without room demotes them instead of failing for ever."""
+    monkeypatch.setattr(slots_module, "_SCAN", 0)
+    pipeline = pipelines(tier(write="back", lane=SLOW), slots=8)
+    store(pipeline, keys[:4])  # as many as may be dirty without demotion
+    with pipeline.reserve(keys[4:8]):
+        pass
+    other = keys[4:8]
+    store(pipeline, other)
+    settle(pipeline)
+    monkeypatch.setattr(pipeline, "_dirty_limit", 8)
+    store(pipeline, keys[8:12])
+    with pipeline.retrieve(other):
+        pass
+    stored = 0
+    for _ in range(3):
+        stored += store(pipeline, keys[12:14])
+        for lane in pipeline.tiers:
+            lane.write_lane.drain(10)
+    assert stored == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("error", [RuntimeError("plugin bug"), SystemExit(3)], ids=["raises", "exits"])
+@pytest.mark.parametrize("scannable", [True, False])
+def test_a_backend_that_raises_everywhere(
+    pipelines: BuildPipeline, keys: list[ChunkKey], method: str, error: BaseException, scannable: bool
+) -> None:
+    injector = FaultInjector({"store": Rates()})
+    backend = DictConfig(scannable=scannable, local=False)
+    pipeline = pipelines(tier(backend=backend, lane=LaneConfig(threads=2, deadline=30.0)), injector=injector)
+    store(pipeline, keys[:2])
+    settle(pipeline)
+    injector["store"].fail[method] = error
+    for _ in range(2):
+        assert served(pipeline, keys[:2]) == 2
+        store(pipeline, keys[2:4])
+        pipeline.stats()
+        if method != "clear":
+            pipeline.clear("dram")
+        assert served(pipeline, keys[:2]) in (0, 2)
+        store(pipeline, keys[:2])
+        settle(pipeline)
+    injector["store"].fail.clear()
+    pipeline.tiers[0].read_breaker = type(pipeline.tiers[0].read_breaker)()
+    pipeline.tiers[0].write_breaker = type(pipeline.tiers[0].write_breaker)()
+    # The lanes are alive: the tier works again.
+    pipeline.clear()
+    store(pipeline, keys[:2])
+    settle(pipeline)
+    pipeline.clear("dram")
+    assert served(pipeline, keys[:2]) == 2
+
+
+FORGERIES: dict[str, list[Any]] = {
+    "get_into": [
+        lambda r: r[:-1], lambda r: [*r, None], lambda r: None, lambda r: ["1024"] * len(r), lambda r: [1.5] * len(r),
+        lambda r: [-1] * len(r), lambda r: [1 << 62] * len(r), lambda r: [0] * len(r), lambda r: [True] * len(r),
+        lambda r: [KeyboardInterrupt()] * len(r), lambda r: [CorruptChunk("made up")] * len(r), lambda r: iter(r),
+    ],
+    "put_from": [
+        lambda r: r[:-1], lambda r: [*r, None], lambda r: None, lambda r: ["yes"] * len(r), lambda r: [True] * len(r),
+        lambda r: [KeyboardInterrupt()] * len(r),
+    ],
+    "contains": [
+        lambda r: r[:-1], lambda r: [*r, True], lambda r: None, lambda r: iter(r), lambda r: ["no"] * len(r),
+    ],
+    "footprint": [lambda n: "many", lambda n: None],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "method, forged", [pytest.param(m, f, id=f"{m}-{i}") for m, all_ in FORGERIES.items() for i, f in enumerate(all_)]
+)
+def test_a_backend_that_returns_nonsense(
+    pipelines: BuildPipeline, keys: list[ChunkKey], method: str, forged: Any
+) -> None:
+    injector = FaultInjector({"store": Rates()})
+    backend = DictConfig(scannable=method != "contains", local=False)
+    pipeline = pipelines(tier(backend=backend, lane=LaneConfig(threads=1, deadline=30.0)), injector=injector)
+    store(pipeline, keys[:2])
+    settle(pipeline)
+    injector["store"].forge[method] = forged
+    pipeline.clear("dram")
+    served(pipeline, keys[:3])
+    store(pipeline, keys[:4])
+    settle(pipeline)
+    injector["store"].forge.clear()
+    pipeline.clear()
+    store(pipeline, keys[:2])
+    settle(pipeline)
+    pipeline.clear("dram")
+    assert served(pipeline, keys[:2]) == 2
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("batch", [2, 8])
+def test_a_tier_never_exceeds_its_capacity(
+    pipelines: BuildPipeline, keys: list[ChunkKey], threads: int, batch: int
+) -> None:
+    """Neither a batch larger than the tier nor several writers at once may overdraw it."""
+    objects: dict[ChunkKey, bytes] = {}
+    injector = FaultInjector({"store": Rates(slow=1.0, slow_s=0.001)})
+    capacity = 5 * (4096 + 1024) + 100
+    config = tier(
+        backend=DictConfig(objects=objects), capacity=capacity, lane=LaneConfig(threads=threads, deadline=30.0)
+    )
+    pipeline = pipelines(config, injector=injector, slots=40)
+    most = 0
+    injector["store"].forge["put_from"] = lambda results: results
+    for at in range(0, 40, batch):
+        store(pipeline, keys[at : at + batch])
+    assert pipeline.flush(10)
+    most = max(most, sum(map(len, objects.values())))
+    assert most <= capacity
+    pipeline.tiers[0].check()
+    assert len(objects) == 5
+    assert served(pipeline, keys[:40]) == 40

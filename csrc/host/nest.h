@@ -11,25 +11,27 @@ struct Loop {
 
 struct Nest;
 
-// The three innermost loops of a nest that transposes.
-using Transpose = void (*)(const Nest &nest, char *to, const char *from, bool stream);
+// Copies the three innermost loops of a nest. With `stream`, destination lines that are written whole bypass the cache.
+using Kernel = void (*)(const Nest &nest, char *to, const char *from, bool stream);
 
-// dims[0] is the outermost loop; the destination is walked in ascending order.
+// The fewest, longest loops that make a copy; those of the destination's longest strides outermost.
 struct Nest {
     int64_t run;  // contiguous bytes at the bottom
     int ndims;
-    Loop dims[LMC_MAX_DIMS];
+    Loop dims[LMC_MAX_DIMS];  // outermost first, without the loops of the kernel
 
-    // Elements of 2 or 4 bytes (`run`) whose two innermost loops transpose:
-    // to[w * w.to + v * v.to + u * run] = from[w * w.from + u * u.from + v * run]. These loops are not in `dims`.
-    Transpose transpose;  // null where nothing transposes
+    // to[w * w.to + v * v.to + u * u.to] = from[w * w.from + v * v.from + u * u.from], `run` bytes.
+    // Either u has one step (rows), or u.to == v.from == run (a transposition of elements of 2 or 4 bytes).
     Loop w, v, u;
+    Kernel kernel;
 };
 
-// The fewest, longest loops that make the same copy.
 Nest plan_nest(const lmc_part &part, bool to_slots);
 
-// Copy one nest. With `stream`, destination lines that are written whole bypass the cache.
 void copy_nest(const Nest &nest, char *to, const char *from, bool stream);
+
+// The fastest kernel for the nest on this CPU.
+Kernel pick_row_kernel(const Nest &nest);
+Kernel pick_transpose_kernel(const Nest &nest);
 
 }  // namespace lmc

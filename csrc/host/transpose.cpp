@@ -3,11 +3,10 @@
 // A tile is one 16-byte lane of E = 16 / element size elements from each of LANES * E source rows; lane by lane it is
 // an E x E transposition by unpacking, and each destination row gets LANES * 16 contiguous bytes: a whole cache line
 // for four lanes, which is what streaming stores want.
-#include "transpose.h"
-
 #include <string.h>
 
 #include "cpu.h"
+#include "nest.h"
 
 namespace lmc {
 namespace {
@@ -204,28 +203,11 @@ LMC_TARGET_AVX2 void join_pairs_avx2(const Nest &nest, char *to, const char *fro
     }
 }
 
-LMC_TARGET_AVX512 void stream_rows_avx512(const Loop &loop, int64_t run, char *to, const char *from) {
-    for (int64_t i = 0; i < loop.extent; ++i, to += loop.to, from += loop.from) {
-        for (int64_t k = 0; k < run; k += 64) {
-            _mm512_stream_si512(reinterpret_cast<__m512i *>(to + k), _mm512_loadu_si512(from + k));
-        }
-    }
-}
-
-LMC_TARGET_AVX2 void stream_rows_avx2(const Loop &loop, int64_t run, char *to, const char *from) {
-    for (int64_t i = 0; i < loop.extent; ++i, to += loop.to, from += loop.from) {
-        for (int64_t k = 0; k < run; k += 32) {
-            _mm256_stream_si256(reinterpret_cast<__m256i *>(to + k),
-                                _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + k)));
-        }
-    }
-}
-
 #endif
 
 }  // namespace
 
-Transpose pick_transpose(const Nest &nest) {
+Kernel pick_transpose_kernel(const Nest &nest) {
 #if LMC_X86
     const int level = simd_level();
     const int64_t row = nest.u.extent * nest.run, column = nest.v.extent * nest.run;
@@ -242,20 +224,6 @@ Transpose pick_transpose(const Nest &nest) {
     }
 #endif
     return nest.run == 2 ? transpose_portable<uint16_t> : transpose_portable<uint32_t>;
-}
-
-bool stream_rows(const Loop &loop, int64_t run, char *to, const char *from) {
-#if LMC_X86
-    const int level = simd_level();
-    if (level == LMC_PORTABLE || (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(loop.to | run)) % 64) {
-        return false;
-    }
-    (level == LMC_AVX512 ? stream_rows_avx512 : stream_rows_avx2)(loop, run, to, from);
-    return true;
-#else
-    (void)loop, (void)run, (void)to, (void)from;
-    return false;
-#endif
 }
 
 }  // namespace lmc

@@ -55,7 +55,7 @@ class GdsConfig(BackendConfig):
         return self.path
 
     def build(self, context: BuildContext) -> DiskBackend:
-        """Raise `ConfigError` for a missing or too small capacity, `BackendUnavailable` for a directory that cannot be used."""
+        """Open the directory. Raise `ConfigError` for a capacity that is missing or too small, `BackendUnavailable`."""
         capacity = context.capacity
         if capacity is None:
             raise _problem(context, "a disk tier needs a capacity", "write one, e.g. `capacity: 20GiB`")

@@ -52,17 +52,15 @@ class DiskBackend(StorageBackend):
 
     def get_into(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
         try:
-            volume = self._here()
-        except (BackendError, Closed) as error:
+            return self._here().get_into(keys, buffers)
+        except (BackendError, Closed, OSError) as error:
             return [error] * len(keys)
-        return volume.get_into(keys, buffers)
 
     def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
         try:
-            volume = self._here()
-        except (BackendError, Closed) as error:
+            return self._here().put_from(keys, buffers)
+        except (BackendError, Closed, OSError) as error:
             return [error] * len(keys)
-        return volume.put_from(keys, buffers)
 
     def delete(self, keys: Sequence[ChunkKey]) -> None:
         self._here().delete(keys)

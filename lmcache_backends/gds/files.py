@@ -186,6 +186,9 @@ class FileVolume:
             for i, key in enumerate(keys):
                 if key in self._index:
                     continue
+                if not len(buffers[i]):
+                    results[i] = ValueError("an object of 0 bytes")
+                    continue
                 nbytes = round_up(len(buffers[i]))
                 name = secrets.token_hex(16)
                 try:
@@ -345,6 +348,6 @@ class FileVolume:
 
 
 def _path(key: ChunkKey) -> str:
-    """Directory of the key's file. The first half of a key is the same for all chunks of a model: fan out by the second."""
+    """Directory of the key's file, by its token chain: the first half of a key is the same for a whole model."""
     first = key[IDENTITY_BYTES]
     return f"{_OBJECTS}/{first >> 4:x}/{first & 15:x}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 
@@ -60,8 +61,10 @@ class Geometry:
         sizes = slot_sizes(object_bytes)
         largest = sizes[-1]
         if segment_bytes is None:
-            # About 64 segments, so that space can move between slot sizes; never more than 512 open files.
-            segment_bytes = max(min(capacity // 64, 4 << 30), capacity // 512, PAGE + largest)
+            # About 64 segments, so that space can move between slot sizes; never more than 512 open files, and no
+            # segments of so few slots that their own overhead counts.
+            few = min(8 * largest, capacity // 4)
+            segment_bytes = max(min(capacity // 64, 4 << 30), capacity // 512, few, PAGE + largest)
         slots = slots_in(segment_bytes, largest)
         if slots < 1:
             raise ValueError(f"a segment of {segment_bytes} bytes cannot hold one object, it takes {PAGE + largest}")
@@ -80,19 +83,26 @@ class Geometry:
         return cls(capacity, sizes, segment_bytes, journal_records, overhead, objects)
 
     def slot_bytes(self, nbytes: int) -> int:
-        """Slot size for an object of `nbytes`. Raise `ValueError` when it is larger than any."""
-        for size in self.slot_sizes:
-            if size >= nbytes:
-                return size
-        raise ValueError(f"an object of {nbytes} bytes is larger than the tier's largest, {self.slot_sizes[-1]}")
+        """Slot size for an object of `nbytes`. Raise `ValueError` when it is empty or larger than any."""
+        if nbytes < 1:
+            raise ValueError("an object of 0 bytes")
+        at = bisect.bisect_left(self.slot_sizes, nbytes)
+        if at == len(self.slot_sizes):
+            raise ValueError(f"an object of {nbytes} bytes is larger than the tier's largest, {self.slot_sizes[-1]}")
+        return self.slot_sizes[at]
 
     def file_bytes(self, slot_bytes: int, room: int) -> int:
         """Size of a new segment for that slot size where `room` bytes are left; 0 when none fits."""
         return _file_bytes(self.segment_bytes, slot_bytes, room)
 
     def footprint(self, nbytes: int) -> int:
-        """The slot of such an object with its share of all overhead: the tier is full when these add up to capacity."""
-        return self.slot_bytes(nbytes) * self.capacity // (self.objects * self.slot_sizes[-1])
+        """The slot of such an object with its share of all overhead: the tier is full when these add up to capacity.
+
+        An object larger than any slot can only be one that was stored under another configuration.
+        """
+        largest = self.slot_sizes[-1]
+        slot_bytes = self.slot_bytes(nbytes) if nbytes <= largest else round_up(nbytes)
+        return slot_bytes * self.capacity // (self.objects * largest)
 
 
 def _file_bytes(segment_bytes: int, slot_bytes: int, room: int) -> int:

@@ -530,7 +530,7 @@ def _take_lock(folder: Folder) -> Fd:
         ) from error
     except OSError as error:
         raise BackendUnavailable(
-            f"{folder.path}/{_LOCK} cannot be locked: {error.strerror}; on a file system without locks use `mode: files`"
+            f"{folder.path}/{_LOCK} cannot be locked: {error.strerror}; where locks are missing use `mode: files`"
         ) from error
     with contextlib.suppress(OSError):  # on a full disk the lock holds without the owner's name
         os.pwrite(fd.number, f"{os.getpid():<20}\n".encode(), 0)

@@ -7,8 +7,6 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from lmcache_core import _native
 from lmcache_core.errors import NoSpace
 from lmcache_core.types import PAGE, round_up
@@ -31,7 +29,7 @@ def span(fd: int, offset: int, buffer: memoryview, nbytes: int) -> Span:
     The padding reaches at most to the end of the buffer's last page, which is mapped because the buffer is page
     aligned. Raise `ValueError` for a buffer that is not.
     """
-    address: int = np.frombuffer(buffer, dtype=np.uint8).__array_interface__["data"][0]
+    address = _native.address_of(buffer)
     if address % PAGE:
         raise ValueError(f"buffer at {address:#x} is not aligned to {PAGE} bytes")
     return Span(fd, offset, address, round_up(nbytes))
@@ -39,12 +37,14 @@ def span(fd: int, offset: int, buffer: memoryview, nbytes: int) -> Span:
 
 def read(spans: Sequence[Span]) -> list[int]:
     """Bytes read for each span (fewer at the end of the file), or a negative errno."""
-    return [int(n) for n in _native.pread_batch(*_columns(spans))]
+    results: list[int] = _native.pread_batch(*zip(*spans, strict=True)).tolist()
+    return results
 
 
 def write(spans: Sequence[Span]) -> list[int]:
     """Bytes written for each span, or a negative errno."""
-    return [int(n) for n in _native.pwrite_batch(*_columns(spans))]
+    results: list[int] = _native.pwrite_batch(*zip(*spans, strict=True)).tolist()
+    return results
 
 
 def failure(result: int, name: str) -> OSError | NoSpace:
@@ -59,13 +59,3 @@ def failure(result: int, name: str) -> OSError | NoSpace:
 def no_space(error: OSError, name: str) -> OSError | NoSpace:
     """`NoSpace` for the errors that evicting may cure, else the error itself."""
     return failure(-error.errno, name) if error.errno in _NO_ROOM else error
-
-
-def _columns(spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    fds, offsets, addresses, lengths = zip(*spans, strict=True)
-    return (
-        np.array(fds, dtype=np.int32),
-        np.array(offsets, dtype=np.int64),
-        np.array(addresses, dtype=np.int64),
-        np.array(lengths, dtype=np.int64),
-    )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from lmcache_core.pipeline import Lease, Pipeline, Reservation, Transfer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.lmcache_core")
 
 IDLE_WAIT_S = 0.005
 """Longest wait for a read in a step that computes nothing. It frees the interpreter for the reading threads, which a

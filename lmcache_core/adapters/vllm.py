@@ -39,7 +39,7 @@ from lmcache_core.layout import KVLayout
 from lmcache_core.protocols import Frozen
 from lmcache_core.units import format_bytes
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.lmcache_core")  # below vLLM's own, whose handlers and level apply
 
 SHUTDOWN_S = 10.0
 """Longest time to write down what is still in memory only when the engine stops."""

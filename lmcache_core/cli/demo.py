@@ -1,4 +1,4 @@
-"""`lmcachectl demo`: a long document prefilled once, then questions cold, warm from DRAM, and after a restart from disk."""
+"""`lmcachectl demo`: a long document prefilled once, then questions: cold, from DRAM, and from disk after a restart."""
 
 from __future__ import annotations
 
@@ -115,8 +115,7 @@ def render(result: DemoResult, options: DemoOptions) -> str:
         "",
         f"{result.model}, {result.dtype}, {result.engine} on {result.device}",
         machine(),
-        f"a document of {options.tokens} tokens ({chunks} chunks of {options.chunk_tokens}), "
-        f"then one of {len(options.questions)} questions",
+        f"a document of {options.tokens} tokens ({chunks} chunks), then one of {len(options.questions)} questions",
         "",
         f"  {'':28}{'time to first token':>20}{'speed-up':>12}",
     ]

@@ -1,6 +1,6 @@
-"""One phase of the Transformers demo, in a process of its own: `python -m lmcache_core.cli.demo_phase PHASE OPTIONS RESULT`.
+"""One phase of the Transformers demo, in its own process: `python -m lmcache_core.cli.demo_phase PHASE OPTIONS RESULT`.
 
-    first     cache off: every question recomputed, and the control; then the cache: one cold run, all questions from DRAM
+    first     cache off: all questions recomputed, and the control; cache on: one cold run, all questions from DRAM
     restart   a new process that finds the document's KV on disk only
 
 Lines on stdout are progress; the measurements are written to RESULT as JSON.
@@ -125,10 +125,8 @@ def _first(session: Session) -> dict[str, Any]:
         _say("finishing the writes to disk")
         complete = handle.pipeline.flush(60.0)
         chunk_bytes = handle.pipeline.layout.chunk_bytes
-    notes = [
-        f"the cold run took {cold.ttft_s:.3f} s to the first token; handing over {stored.stored_chunks} chunks of "
-        f"{chunk_bytes / 2**20:.1f} MiB afterwards took {stored.store_s * 1e3:.0f} ms"
-    ]
+    handed = f"{stored.stored_chunks} chunks of {chunk_bytes / 2**20:.1f} MiB in {stored.store_s * 1e3:.0f} ms"
+    notes = [f"the cold run took {cold.ttft_s:.3f} s to the first token, and handed over {handed} after its answer"]
     if not complete:
         notes.append("the disk needed more than a minute: some chunks were not written")
     return {

@@ -71,9 +71,6 @@ def _directory(loc: Loc, directory: Path) -> Finding | None:
         return Finding(
             loc, f"`{nearest}` is not a directory", "nothing could be stored", "choose another", code=Code.MACHINE
         )
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        fix = f"`chown {_user()} {nearest}`, or choose another directory"
-        return Finding(loc, f"`{nearest}` is not writable", "nothing could be stored", fix, code=Code.MACHINE)
     if nearest == plain:
         planted = "other users could plant or replace objects"
         if info.st_uid not in (os.geteuid(), 0):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from lmcache_core.config.draft import OVERLAY, Draft, Origin
 from lmcache_core.config.findings import Code
-from lmcache_core.config.secrets import telling
+from lmcache_core.config.secrets import HIDDEN, telling
 from lmcache_core.errors import Problem
 from lmcache_core.spelling import closest
 from lmcache_core.units import parse_bytes
@@ -249,7 +249,9 @@ class _Translation:
 
     def _problem(self, code: Code, key: str, what: str, why: str, fix: str) -> None:
         value = self._given[key]
-        shown = "***" if telling(key) else str(value) if isinstance(value, (str, int, float)) else type(value).__name__
+        shown = str(value) if isinstance(value, (str, int, float)) else type(value).__name__
+        if telling(key) or (key == "remote_url" and "@" in shown):
+            shown = HIDDEN
         self._draft.problems.append(Problem(self._sources[key].where, key, what, why, fix, value=shown, code=code))
 
 

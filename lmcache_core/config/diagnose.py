@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
@@ -152,14 +153,14 @@ class Diagnosis:
         what, fix = self._wording(error)
         field = self._field(loc)
         if not fix and field is not None and field.description:
-            fix = "see what it means: " + " ".join(field.description.split())
+            fix = f"`{loc[-1]}` is: " + " ".join(field.description.split())
         return self._problem(Code.VALUE, loc, what, "", fix)
 
     def _choice(self, loc: Loc) -> Problem:
         field = self._field(loc)
         choices = [str(choice) for choice in _literals(field.annotation)] if field else []
         given = self.show(loc)
-        near = closest(given, choices)
+        near = closest(given, choices) or next(iter(difflib.get_close_matches(given, choices, n=1, cutoff=0.5)), None)
         listed = ", ".join(f"`{choice}`" for choice in choices)
         what = "is not one of the choices" + (f"; did you mean `{near}`?" if near else "")
         return self._problem(Code.VALUE, loc, what, "", f"choose one of {listed}")

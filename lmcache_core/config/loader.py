@@ -19,7 +19,7 @@ from lmcache_core.config.draft import DEFAULT, PYTHON, Draft, Origin, overlay
 from lmcache_core.config.findings import Code, Loc, dotted, raise_findings
 from lmcache_core.config.models import PipelineConfig, Shape, pipeline_findings
 from lmcache_core.errors import ConfigError, PluginError, Problem
-from lmcache_core.plugins import PLUGINS, Plugins
+from lmcache_core.plugins import BACKENDS, EVICTIONS, PLUGINS, SERDES, Plugins
 
 CONFIG_FILE = "LMCACHE_CONFIG_FILE"
 
@@ -54,11 +54,10 @@ def load(source: Path | str | Mapping[str, Any] | None = None, env: Mapping[str,
     overlay(draft, env)
     diagnosis = Diagnosis(draft, PipelineConfig, plugins)
     _wrappers(draft, plugins)
-    problems, config, cause = list(draft.problems), None, None
+    problems, config = list(draft.problems), None
     try:
         config = PipelineConfig.model_validate(draft.data, context={"plugins": plugins})
     except ValidationError as error:
-        cause = error
         known = {(details["loc"], details["msg"]) for details in error.errors()}
         between = [
             details for details in _between_tiers(draft, plugins) if (details["loc"], details["msg"]) not in known
@@ -68,12 +67,34 @@ def load(source: Path | str | Mapping[str, Any] | None = None, env: Mapping[str,
         try:
             raise_findings("PipelineConfig", machine_findings(config))
         except ValidationError as error:
-            cause = error
-            problems += diagnosis.problems(error.errors())
+                problems += diagnosis.problems(error.errors())
     if problems or config is None:
-        raise ConfigError([_clean(problem, diagnosis) for problem in sorted(problems, key=_text_order)]) from cause
+        # Without a cause: a traceback would print pydantic's own message, with values that may be secrets.
+        raise ConfigError([_clean(problem, diagnosis) for problem in sorted(problems, key=_text_order)])
     notes = tuple(diagnosis.clean(note) for note in draft.notes)
     return Loaded(config, _provenance(draft, config), notes, name, plugins)
+
+
+def named_plugins(
+    source: Path | str | Mapping[str, Any] | None = None, env: Mapping[str, str] | None = None
+) -> tuple[set[tuple[str, str]], str]:
+    """(group, name) of every plugin that the configuration names, and its source. Imports no plugin, validates nothing.
+
+    Raise `ConfigError` when the file cannot be parsed.
+    """
+    env = os.environ if env is None else env
+    draft, name = _read(source, env)
+    overlay(draft, env)
+    wrappers, tiers = draft.data.get("plugins"), draft.data.get("tiers")
+    named = {(PLUGINS, item) for item in (wrappers if isinstance(wrappers, list) else []) if isinstance(item, str)}
+    for tier in tiers if isinstance(tiers, list) else []:
+        parts = tier if isinstance(tier, dict) else {}
+        for key, group in (("backend", BACKENDS), ("serde", SERDES), ("eviction", EVICTIONS)):
+            part = parts.get(key, {"type": "lru"} if key == "eviction" else None)
+            kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+            if isinstance(kind, str):
+                named.add((group, kind))
+    return named, name
 
 
 def _read(source: Path | str | Mapping[str, Any] | None, env: Mapping[str, str]) -> tuple[Draft, str]:

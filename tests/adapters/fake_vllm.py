@@ -258,6 +258,13 @@ class FakeEngine:
             request.table.append(block)
         return True
 
+    def _fits(self, request: FakeRequest) -> bool:
+        """Whether an asynchronous load can be admitted: held blocks must never keep each other from their end."""
+        holders = [r for r in (*self.waiting, *self.running) if r.table and r.num_computed_tokens < r.num_tokens]
+        reserved = sum(-(-r.num_tokens // BLOCK) - len(r.table) for r in holders)
+        room = len(self.free) + sum(1 for block in self.hash_of if self.refs[block] == 0)
+        return -(-request.num_tokens // BLOCK) <= room - reserved
+
     def _forget(self, block: int) -> None:
         key = self.hash_of.pop(block)
         assert self.cache is not None
@@ -366,7 +373,8 @@ class FakeEngine:
                 scheduled[request.request_id] = tokens
                 left -= tokens
         preempted = any(r.preemptions and not r.table for r in self.waiting)
-        for request in list(self.waiting):
+        # Requests that hold blocks go first, or they could wait for blocks behind one that waits for theirs.
+        for request in sorted(self.waiting, key=lambda request: not request.table):
             if left <= 0 or (preempted and scheduled):
                 break
             if request.in_flight:
@@ -395,6 +403,8 @@ class FakeEngine:
                     assert computed + external < request.num_tokens
                     assert external or not asynchronous
             tokens = 0 if asynchronous else min(left, request.num_tokens - computed - external)
+            if asynchronous and not self._fits(request):
+                break
             for block in local:
                 self.refs[block] += 1
             request.table = request.table or list(local)

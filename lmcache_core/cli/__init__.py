@@ -1,0 +1,79 @@
+"""`lmcachectl`. Each sub-command is a module with `add(subparsers)` and `run(args) -> int` (set as a parser default).
+
+Results go to stdout (with `--json`, the last line is one JSON object), progress and errors to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from lmcache_core.cli import check, engine_args, explain, model, plugins, schema
+from lmcache_core.cli.console import OK, PROBLEM, USAGE, emit
+from lmcache_core.errors import ConfigError, LMCacheError, PluginError
+
+COMMANDS = (check, explain, plugins, schema, engine_args, model)
+
+EPILOG = """\
+exit codes:
+  0    fine
+  1    something does not work: a tier failed its check, a medium is away
+  2    the configuration, a plugin or the command line is wrong; nothing was started
+  130  interrupted
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `lmcachectl` with the given arguments and return its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except ConfigError as error:
+        problems = [
+            {name: str(getattr(problem, name)) for name in ("code", "where", "path", "value", "what", "why", "fix")}
+            for problem in error.problems
+        ]
+        return _fail(args, USAGE, str(error), {"problems": problems})
+    except PluginError as error:
+        return _fail(args, USAGE, str(error), {"error": str(error)})
+    except LMCacheError as error:
+        return _fail(args, PROBLEM, str(error), {"error": str(error)})
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has seen enough; keep the interpreter from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lmcachectl",
+        description="Check, explain and try exact-or-miss KV-cache tiers.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lmcachectl {_version()}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add(subparsers)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("lmcache-core")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _fail(args: argparse.Namespace, code: int, text: str, record: dict[str, object]) -> int:
+    print(text or "failed without a message", file=sys.stderr)
+    if getattr(args, "json", False):
+        emit({"ok": False, **record})
+    return code

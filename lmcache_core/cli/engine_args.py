@@ -1,0 +1,64 @@
+"""`lmcachectl engine-args ENGINE`: the exact flag or line that connects an engine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from lmcache_core.cli.console import OK, add_json, emit
+from lmcache_core.config import load
+
+
+def add(subparsers: Any) -> None:
+    """Register the sub-command."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "engine-args",
+        help="print the flag or line that connects an engine",
+        description="Print the flag (vllm) or the lines (transformers) that connect an engine. "
+        'Use it as: eval "vllm serve MODEL $(lmcachectl engine-args vllm --config FILE)"',
+    )
+    parser.add_argument("engine", choices=["vllm", "transformers"])
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="configuration (default: what the environment says)"
+    )
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the arguments; a wrong configuration raises `ConfigError` before anything is printed."""
+    config = None
+    if args.config is not None:
+        load(args.config)
+        config = str(args.config.absolute())
+    if args.engine == "vllm":
+        transfer = vllm_transfer_config(config)
+        argv = ["--kv-transfer-config", json.dumps(transfer, separators=(",", ":"))]
+        if args.json:
+            emit({"ok": True, "engine": "vllm", "argv": argv, "kv_transfer_config": transfer})
+        else:
+            print(shlex.join(argv))
+        return OK
+    arguments = f"model, {config!r}" if config else "model"
+    code = f"from lmcache_core.adapters.transformers import attach; cache = attach({arguments})"
+    if args.json:
+        emit({"ok": True, "engine": "transformers", "code": code})
+    else:
+        print(code)
+    return OK
+
+
+def vllm_transfer_config(config: str | None) -> dict[str, Any]:
+    """What vLLM's `--kv-transfer-config` must say. A failed load is recomputed, never an error of the request."""
+    transfer: dict[str, Any] = {
+        "kv_connector": "LMCacheCoreConnector",
+        "kv_connector_module_path": "lmcache_core.adapters.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+    }
+    if config is not None:
+        transfer["kv_connector_extra_config"] = {"config": config}
+    return transfer

@@ -1,0 +1,577 @@
+"""Broken configurations: every one is refused, with its place, its value and the mend. All problems at once."""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lmcache_core.config import load
+from lmcache_core.config.findings import Code
+from lmcache_core.errors import ConfigError, Problem
+
+Says = tuple[str, str, str, str]
+"""Place after the file's name, path, value, words of the message or of the mend."""
+
+GOOD = """\
+chunk_tokens: 256
+tiers:
+  - name: dram
+    capacity: 64MiB
+    backend: {type: cpu}
+  - name: nvme
+    capacity: 1GiB
+    write: through
+    backend: {type: gds, path: DIR/kv}
+"""
+
+
+def change(old: str, new: str) -> str:
+    assert GOOD.count(old) == 1, old
+    return GOOD.replace(old, new)
+
+
+YAML: dict[str, tuple[str, list[Says]]] = {
+    # -- keys ------------------------------------------------------------------------------------------------
+    "misspelt top key": (
+        change("chunk_tokens: 256", "chunk_tokns: 128"),
+        [("1:1", "chunk_tokns", "128", "did you mean `chunk_tokens`?")],
+    ),
+    "misspelt tiers": (change("tiers:", "teirs:"), [("2:1", "teirs", "[...]", "did you mean `tiers`?")]),
+    "misspelt capacity": (
+        change("capacity: 64MiB", "capcity: 64MiB"),
+        [("4:5", "tiers[0].capcity", "64MiB", "did you mean `capacity`?")],
+    ),
+    "misspelt name": (change("- name: nvme", "- nmae: nvme"), [("6:5", "tiers[1].nmae", "nvme", "`name`")]),
+    "misspelt type": (
+        change("backend: {type: cpu}", "backend: {typ: cpu}"),
+        [("5:15", "tiers[0].backend.typ", "cpu", "did you mean `type`?")],
+    ),
+    "misspelt plugin key": (
+        change("path: DIR/kv", "pth: DIR/kv"),
+        [("9:26", "tiers[1].backend.pth", "DIR/kv", "did you mean `path`?")],
+    ),
+    "misspelt and given": (
+        change("    capacity: 1GiB\n", "    capacity: 1GiB\n    capasity: 2GiB\n"),
+        [("8:5", "tiers[1].capasity", "2GiB", "`capacity` is given already: keep one")],
+    ),
+    "misspelt lane key": (
+        change("    write: through\n", "    lane: {treads: 4}\n"),
+        [("8:12", "tiers[1].lane.treads", "4", "did you mean `threads`?")],
+    ),
+    "upper case key": (change("write: through", "Write: back"), [("8:5", "tiers[1].Write", "back", "`write`")]),
+    "key of another place, inwards": (
+        change("    write: through\n", "    path: /x\n"),
+        [("8:5", "tiers[1].path", "/x", "move it into `backend:`")],
+    ),
+    "key of another place, outwards": (
+        change("backend: {type: cpu}", "backend: {type: cpu, capacity: 1GiB}"),
+        [("5:26", "tiers[0].backend.capacity", "1GiB", "move it out to `tiers[0]`")],
+    ),
+    "tier key at the top": ("capacity: 1GiB\n" + GOOD, [("1:1", "capacity", "1GiB", "move it into a tier")]),
+    "top key in a tier": (
+        change("    write: through\n", "    chunk_tokens: 16\n"),
+        [("8:5", "tiers[1].chunk_tokens", "16", "move it out to the top level")],
+    ),
+    "lane key in a tier": (
+        change("    write: through\n", "    threads: 8\n"),
+        [("8:5", "tiers[1].threads", "8", "move it into a lane: `lane: {threads: ...}`")],
+    ),
+    "classic key in a tiered file": (
+        "chunk_size: 128\n" + GOOD.partition("\n")[2],
+        [("1:1", "chunk_size", "128", "rename it to `chunk_tokens`")],
+    ),
+    "unknown key without a likeness": (
+        change("    write: through\n", "    colour: red\n"),
+        [("8:5", "tiers[1].colour", "red", "keys here: `name`")],
+    ),
+    # -- values ----------------------------------------------------------------------------------------------
+    "chunk size in words": (change("256", "abc"), [("1:1", "chunk_tokens", "abc", "must be a whole number")]),
+    "chunk size of a half": (change("256", "256.5"), [("1:1", "chunk_tokens", "256.5", "must be a whole number")]),
+    "chunk size of truth": (change("256", "true"), [("1:1", "chunk_tokens", "true", "must be a whole number")]),
+    "chunk size null": (change("256", "null"), [("1:1", "chunk_tokens", "null", "must be a whole number")]),
+    "chunk size zero": (change("256", "0"), [("1:1", "chunk_tokens", "0", "must be at least 1")]),
+    "chunk size huge": (change("256", "1000000"), [("1:1", "chunk_tokens", "1000000", "must be at most 65536")]),
+    "negative capacity": (change("64MiB", "-3"), [("4:5", "tiers[0].capacity", "-3", "not negative")]),
+    "capacity zero": (change("64MiB", "0"), [("4:5", "tiers[0].capacity", "0", "must be above 0")]),
+    "ambiguous unit": (change("64MiB", "4G"), [("4:5", "tiers[0].capacity", "4G", "`GiB` counts in 1024s")]),
+    "unknown unit": (change("64MiB", "4GX"), [("4:5", "tiers[0].capacity", "4GX", "unknown unit `GX`")]),
+    "capacity in words": (change("64MiB", "plenty"), [("4:5", "tiers[0].capacity", "plenty", "written like 4GiB")]),
+    "share above the whole": (change("1GiB", "120%"), [("7:5", "tiers[1].capacity", "120%", "at most 100%")]),
+    "capacity as a mapping": (change("1GiB", "{max: 1GiB}"), [("7:5", "tiers[1].capacity", "{...}", "a number or text")]),
+    "write mode": (
+        change("write: through", "write: thru"),
+        [("8:5", "tiers[1].write", "thru", "did you mean `through`?")],
+    ),
+    "write mode unlike any": (
+        change("write: through", "write: sometimes"),
+        [("8:5", "tiers[1].write", "sometimes", "choose one of `through`, `back`, `never`")],
+    ),
+    "verify mode": ("verify: serv\n" + GOOD, [("1:1", "verify", "serv", "did you mean `serve`?")]),
+    "promote in words": (
+        change("write: through", "promote: maybe"),
+        [("8:5", "tiers[1].promote", "maybe", "must be true or false")],
+    ),
+    "name with a space": (change("name: nvme", "name: my disk"), [("6:5", "tiers[1].name", "my disk", "lower-case")]),
+    "name in capitals": (change("name: nvme", "name: NVMe"), [("6:5", "tiers[1].name", "NVMe", "lower-case")]),
+    "name that is a number": (change("name: nvme", "name: 5"), [("6:5", "tiers[1].name", "5", "put it in quotes")]),
+    "name with a double underscore": (change("name: nvme", "name: a__b"), [("6:5", "tiers[1].name", "a__b", "single")]),
+    "tiers as a mapping": (
+        "tiers:\n  dram: {capacity: 1GiB, backend: {type: cpu}}\n",
+        [("1:1", "tiers", "{...}", "give it its key as `name:`")],
+    ),
+    "tiers as text": ("tiers: cpu\n", [("1:1", "tiers", "cpu", "must be a list")]),
+    "tier as text": ("tiers:\n  - cpu\n", [("2:5", "tiers[0]", "cpu", "must be a mapping of settings")]),
+    "backend as text": (
+        change("backend: {type: cpu}", "backend: cpu"),
+        [("5:5", "tiers[0].backend", "cpu", "write `backend: {type: cpu}`")],
+    ),
+    "type as a number": (change("{type: cpu}", "{type: 7}"), [("5:15", "tiers[0].backend.type", "7", "must be text")]),
+    "plugins as text": ("plugins: watch\n" + GOOD, [("1:1", "plugins", "watch", "must be a list")]),
+    "deadline zero": (
+        change("write: through", "lane: {deadline: 0}"),
+        [("8:12", "tiers[1].lane.deadline", "0", "must be above 0")],
+    ),
+    "deadline negative": (
+        change("write: through", "lane: {deadline: -2s}"),
+        [("8:12", "tiers[1].lane.deadline", "-2s", "not negative")],
+    ),
+    "deadline unit": (
+        change("write: through", "lane: {deadline: 5 sconds}"),
+        [("8:12", "tiers[1].lane.deadline", "5 sconds", "unknown unit `sconds`")],
+    ),
+    "deadline of a day": (
+        change("write: through", "lane: {deadline: 24h}"),
+        [("8:12", "tiers[1].lane.deadline", "24h", "must be at most 3600")],
+    ),
+    "no threads": (change("write: through", "lane: {threads: 0}"), [("8:12", "tiers[1].lane.threads", "0", "at least 1")]),
+    "endless queue": (change("write: through", "lane: {queue: .inf}"), [("8:12", "tiers[1].lane.queue", ".inf", "whole number")]),
+    "no bytes in flight": (
+        change("write: through", "lane: {inflight: 0}"),
+        [("8:12", "tiers[1].lane.inflight", "0", "must be above 0")],
+    ),
+    "plugin's own check": (
+        change("path: DIR/kv", "path: DIR/kv, inodes: 100"),
+        [("9:5", "tiers[1].backend", "{...}", "inodes has no meaning in mode `segments`")],
+    ),
+    # -- missing ---------------------------------------------------------------------------------------------
+    "no tiers": ("chunk_tokens: 256\n", [("1:1", "tiers", "", "is required and missing")]),
+    "empty file": ("", [("1:1", "tiers", "", "is required and missing")]),
+    "empty tiers": ("tiers: []\n", [("1:1", "tiers", "[]", "there are no tiers")]),
+    "no name": (change("- name: nvme\n    capacity", "- capacity"), [("6:5", "tiers[1].name", "", "add e.g. `name: dram`")]),
+    "no backend": (change("    backend: {type: cpu}\n", ""), [("3:5", "tiers[0].backend", "", "add e.g. `backend: {type: cpu}`")]),
+    "no type": (change("{type: cpu}", "{}"), [("5:5", "tiers[0].backend.type", "", "is required and missing")]),
+    "no path": (change(", path: DIR/kv", ""), [("9:5", "tiers[1].backend.path", "", "add e.g. `path: ")]),
+    "no capacity of memory": (change("    capacity: 64MiB\n", ""), [("3:5", "tiers[0].capacity", "", "a `cpu` tier needs")]),
+    "no capacity of a disk": (change("    capacity: 1GiB\n", ""), [("6:5", "tiers[1].capacity", "", "a `gds` tier needs")]),
+    # -- plugins ---------------------------------------------------------------------------------------------
+    "misspelt backend": (change("type: gds", "type: gsd"), [("9:15", "tiers[1].backend.type", "gsd", "did you mean `gds`?")]),
+    "backend to install": (
+        change("type: gds", "type: mooncake"),
+        [("9:15", "tiers[1].backend.type", "mooncake", "`pip install lmcache-backend-mooncake`")],
+    ),
+    "unknown serde": (
+        change("write: through", "serde: {type: gzip9}"),
+        [("8:13", "tiers[1].serde.type", "gzip9", "no serde `gzip9` is installed")],
+    ),
+    "unknown policy": (
+        change("write: through", "eviction: {type: S4-FIFO}"),
+        [("8:16", "tiers[1].eviction.type", "S4-FIFO", "no eviction policy `S4-FIFO`")],
+    ),
+    "unknown plugin": ("plugins: [watch]\n" + GOOD, [("1:11", "plugins[0]", "watch", "no plugin `watch` is installed")]),
+    # -- contradictions --------------------------------------------------------------------------------------
+    "two tiers of one name": (change("name: nvme", "name: dram"), [("6:5", "tiers[1].name", "dram", "names must differ")]),
+    "two names the environment cannot tell apart": (
+        GOOD.replace("name: dram", "name: a-b").replace("name: nvme", "name: a_b"),
+        [("6:5", "tiers[1].name", "a_b", "tiers[0] is called `a-b`")],
+    ),
+    "no memory tier": (
+        "tiers:\n  - {name: d, capacity: 1GiB, backend: {type: gds, path: DIR/kv}}\n",
+        [("1:1", "tiers", "[...]", "there is no memory tier")],
+    ),
+    "memory tier last": (
+        "tiers:\n  - {name: d, capacity: 1GiB, backend: {type: gds, path: DIR/kv}}\n"
+        "  - {name: m, capacity: 1MiB, backend: {type: cpu}}\n",
+        [("3:31", "tiers[1].backend", "{...}", "move tiers[1] to the top")],
+    ),
+    "two memory tiers": (
+        change("{type: gds, path: DIR/kv}", "{type: cpu}"),
+        [("9:5", "tiers[1].backend", "{...}", "only one memory tier")],
+    ),
+    "serde on memory": (
+        change("capacity: 64MiB", "capacity: 64MiB\n    serde: {type: raw}"),
+        [("5:5", "tiers[0].serde", "{...}", "takes no serde")],
+    ),
+    "write mode on memory": (
+        change("capacity: 64MiB", "capacity: 64MiB\n    write: back"),
+        [("5:5", "tiers[0].write", "back", "a memory tier has no write mode")],
+    ),
+    # -- the machine -----------------------------------------------------------------------------------------
+    "more memory than there is": (change("64MiB", "900TiB"), [("4:5", "tiers[0].capacity", "900TiB", "can be allocated now")]),
+    "more disk than there is": (change("1GiB", "2PiB"), [("7:5", "tiers[1].capacity", "2PiB", "the whole file system")]),
+    "system directory": (change("DIR/kv", "/etc/kv"), [("9:26", "tiers[1].backend.path", "/etc/kv", "directory of the system")]),
+    "the root directory": (change("DIR/kv", "/"), [("9:26", "tiers[1].backend.path", "/", "directory of the system")]),
+    "a directory everybody uses": (change("DIR/kv", "/tmp"), [("9:26", "tiers[1].backend.path", "/tmp", "of its own")]),
+    "a file for a directory": (change("DIR/kv", "DIR/file"), [("9:26", "tiers[1].backend.path", "DIR/file", "is not a directory")]),
+    "a directory below a file": (
+        change("DIR/kv", "DIR/file/kv"),
+        [("9:26", "tiers[1].backend.path", "DIR/file/kv", "`DIR/file` is not a directory")],
+    ),
+    "a directory others may write to": (
+        change("DIR/kv", "DIR/open"),
+        [("9:26", "tiers[1].backend.path", "DIR/open", "`chmod 700 DIR/open`")],
+    ),
+    "one directory twice": (
+        GOOD + "  - {name: d2, capacity: 1GiB, backend: {type: gds, path: DIR/x/../kv/}}\n",
+        [("10:57", "tiers[2].backend.path", "DIR/x/../kv/", "overlaps the directory of tiers[1]")],
+    ),
+    "one directory inside another": (
+        GOOD + "  - {name: d2, capacity: 1GiB, backend: {type: gds, path: DIR/kv/sub}}\n",
+        [("10:57", "tiers[2].backend.path", "DIR/kv/sub", "overlaps the directory of tiers[1]")],
+    ),
+    # -- text ------------------------------------------------------------------------------------------------
+    "duplicate key": (
+        change("    write: through\n", "    capacity: 2GiB\n"),
+        [("8:5", "tiers[1].capacity", "", "given twice (first in line 7)")],
+    ),
+    "duplicate key inside a plugin": (
+        change("{type: cpu}", "{type: cpu, type: gds}"),
+        [("5:26", "tiers[0].backend.type", "", "given twice")],
+    ),
+    "alias bomb": (
+        "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\ntiers: [*c, *c]\n",
+        [("1:4", "a", "", "the anchor `&a` is not supported"), ("4:9", "tiers[0]", "", "the alias `*c`")],
+    ),
+    "merge key": (
+        change("    write: through\n", "    <<: {write: back}\n"),
+        [("8:5", "tiers[1].<<", "{...}", "unknown key")],
+    ),
+    "python tag": (
+        change("64MiB", "!!python/object/apply:os.system ['true']"),
+        [("4:15", "tiers[0].capacity", "", "is not supported")],
+    ),
+    "harmless tag": (change("256", "!!str 256"), [("1:15", "chunk_tokens", "", "the tag `tag:yaml.org,2002:str`")]),
+    "own tag": (change("64MiB", "!env HOME"), [("4:15", "tiers[0].capacity", "", "the tag `!env`")]),
+    "two documents": (GOOD + "---\ntiers: []\n", [("10:1", "", "", "a second document")]),
+    "tab": (change("    capacity: 1GiB", "\tcapacity: 1GiB"), [("7:1", "", "", "indent with spaces")]),
+    "unclosed bracket": (change("{type: cpu}", "{type: cpu"), [("6:3", "", "", "not valid YAML")]),
+    "unclosed quote": (change("name: dram", 'name: "dram'), [("10:1", "", "", "not valid YAML")]),
+    "a list": ("- tiers\n", [("1:1", "", "", "the file holds a list")]),
+    "a word": ("tiers\n", [("1:1", "", "", "the file holds a single value")]),
+    "a mapping as a key": ("{a: b}: c\n", [("1:1", "", "", "a key must be a plain word")]),
+    "too deep": ("tiers: " + "[" * 40 + "]" * 40, [("1:24", "", "", "nested more than 16 levels")]),
+    "control character": (change("dram", "dr\x07am"), [("", "", "", "not valid YAML")]),
+}  # fmt: skip
+
+TOML_GOOD = """\
+chunk_tokens = 256
+
+[[tiers]]
+name = "dram"
+capacity = "64MiB"
+backend = { type = "cpu" }
+
+[[tiers]]
+name = "nvme"
+capacity = "1GiB"
+[tiers.backend]
+type = "gds"
+path = "DIR/kv"
+"""
+
+TOML: dict[str, tuple[str, list[Says]]] = {
+    "misspelt key": (
+        TOML_GOOD.replace('name = "nvme"\ncapacity', 'name = "nvme"\ncapasity'),
+        [("10:1", "tiers[1].capasity", "1GiB", "did you mean `capacity`?")],
+    ),
+    "misspelt key in an inline table": (
+        TOML_GOOD.replace('type = "cpu"', 'type = "cpu", pni = false'),
+        [("6:27", "tiers[0].backend.pni", "false", "did you mean `pin`?")],
+    ),
+    "misspelt key in a table": (
+        TOML_GOOD.replace("path =", "pth ="),
+        [("13:1", "tiers[1].backend.pth", "DIR/kv", "did you mean `path`?")],
+    ),
+    "wrong value": (TOML_GOOD.replace("256", '"many"'), [("1:1", "chunk_tokens", "many", "must be a whole number")]),
+    "missing key": (TOML_GOOD.replace('type = "gds"\n', ""), [("11:2", "tiers[1].backend.type", "", "is required")]),
+    "date for a size": (TOML_GOOD.replace('"1GiB"', "2024-01-01"), [("10:1", "tiers[1].capacity", "date", "a number")]),
+    "duplicate key": (TOML_GOOD.replace('name = "nvme"', 'name = "a"\nname = "b"'), [("10:11", "", "", "not valid TOML")]),
+    "no quotes": (TOML_GOOD.replace('"dram"', "dram"), [("4:8", "", "", "not valid TOML")]),
+    "unclosed": (TOML_GOOD.replace('{ type = "cpu" }', '{ type = "cpu"'), [("6:", "", "", "not valid TOML")]),
+    "too deep": ("a = " + "[" * 5000 + "]" * 5000, [("", "", "", "nested too deeply")]),
+}
+
+ENVIRONMENT: dict[str, tuple[dict[str, str], Says]] = {
+    "misspelt key": ({"LMCACHE__TIERS__NVME__CAPACTY": "8GiB"}, ("", "tiers[1].capacty", "8GiB", "`capacity`")),
+    "misspelt tier": ({"LMCACHE__TIERS__NVM__CAPACITY": "8GiB"}, ("", "tiers.nvm", "", "did you mean `NVME`?")),
+    "unknown tier": ({"LMCACHE__TIERS__TAPE__CAPACITY": "8GiB"}, ("", "tiers.tape", "", "it cannot add one")),
+    "unknown top key": ({"LMCACHE__CHUNK_TOKEN": "16"}, ("", "chunk_token", "16", "did you mean `chunk_tokens`?")),
+    "wrong value": ({"LMCACHE__CHUNK_TOKENS": "many"}, ("", "chunk_tokens", "many", "must be a whole number")),
+    "wrong size": ({"LMCACHE__TIERS__DRAM__CAPACITY": "8G"}, ("", "tiers[0].capacity", "8G", "`GiB` counts")),
+    "plugin's key": ({"LMCACHE__TIERS__NVME__BACKEND__PATHS": "/x"}, ("", "tiers[1].backend.paths", "/x", "`path`")),
+    "no setting": ({"LMCACHE__TIERS__NVME": "1"}, ("", "tiers.nvme", "", "the name of the setting is missing")),
+    "empty part": ({"LMCACHE__TIERS____CAPACITY": "1"}, ("", "", "", "a setting's name is missing")),
+    "below a value": ({"LMCACHE__CHUNK_TOKENS__X": "1"}, ("", "chunk_tokens", "", "is not a mapping")),
+    "broken list": ({"LMCACHE__PLUGINS": "[watch"}, ("", "plugins", "", "is not valid JSON")),
+    "no list": ({"LMCACHE__PLUGINS": "watch"}, ("", "plugins", "watch", "must be a list")),
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Callable[[str], str]:
+    """Put the test's directory into a text."""
+    (tmp_path / "file").touch()
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    return lambda text: text.replace("DIR", str(tmp_path))
+
+
+def refused(file: Path, env: dict[str, str] | None = None) -> tuple[Problem, ...]:
+    with pytest.raises(ConfigError) as error:
+        load(file, env=env or {})
+    for problem in error.value.problems:
+        assert str(problem) in str(error.value)
+        assert problem.what
+        assert problem.code in list(Code)
+    return error.value.problems
+
+
+def expect(problems: tuple[Problem, ...], prefix: str, says: Says, place: Callable[[str], str]) -> None:
+    where, path, value, words = says
+    for problem in problems:
+        message = f"{problem.what} {problem.fix}"
+        if problem.where.startswith(prefix + where) and problem.path == path and place(words) in message:
+            assert problem.value == place(value)
+            if where and not where.endswith(":"):
+                assert problem.where == prefix + where
+            return
+    pytest.fail(f"no problem {says} among:\n" + "\n".join(map(str, problems)))
+
+
+def check_text(tmp_path: Path, suffix: str, text: str, says: list[Says], place: Callable[[str], str]) -> None:
+    file = tmp_path / f"config{suffix}"
+    file.write_text(place(text))
+    problems = refused(file)
+    for one in says:
+        expect(problems, f"{file}:" if one[0] else "", one, place)
+    if len(says) == 1:
+        assert len(problems) == 1, "one mistake is one problem:\n" + "\n".join(map(str, problems))
+
+
+def test_the_unbroken_ones_load(tmp_path: Path, place: Callable[[str], str]) -> None:
+    for suffix, text in ((".yaml", GOOD), (".toml", TOML_GOOD)):
+        file = tmp_path / f"config{suffix}"
+        file.write_text(place(text))
+        assert [tier.name for tier in load(file, env={}).config.tiers] == ["dram", "nvme"]
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_yaml(tmp_path: Path, place: Callable[[str], str], name: str) -> None:
+    check_text(tmp_path, ".yaml", *YAML[name], place)
+
+
+@pytest.mark.parametrize("name", TOML)
+def test_toml(tmp_path: Path, place: Callable[[str], str], name: str) -> None:
+    check_text(tmp_path, ".toml", *TOML[name], place)
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_environment(tmp_path: Path, place: Callable[[str], str], name: str) -> None:
+    env, says = ENVIRONMENT[name]
+    file = tmp_path / "config.yaml"
+    file.write_text(place(GOOD))
+    problems = refused(file, env)
+    expect(problems, f"environment variable {next(iter(env))}", says, place)
+    assert len(problems) == 1
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (None, "no such file or directory"),
+        (b"x" * (1 << 20 | 1), "is larger than 1 MiB"),
+        (b"tiers: \xff\xfe", "is not UTF-8 text (byte 7)"),
+    ],
+    ids=["absent", "huge", "binary"],
+)
+def test_unreadable_files(tmp_path: Path, content: bytes | None, says: str) -> None:
+    file = tmp_path / "lmcache.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    [problem] = refused(file)
+    assert (problem.where, problem.code) == (str(file), Code.READ)
+    assert says in problem.what
+
+
+def test_files_that_are_not_files(tmp_path: Path) -> None:
+    [problem] = refused(tmp_path)
+    assert "is not a regular file" in problem.what
+    import os
+
+    os.mkfifo(tmp_path / "fifo.yaml")
+    [problem] = refused(tmp_path / "fifo.yaml")
+    assert "is not a regular file" in problem.what
+
+
+def test_an_absent_file_with_a_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "lmcache.yaml").write_text(GOOD)
+    [problem] = refused(tmp_path / "lmcahe.yaml")
+    assert problem.fix == f"did you mean `{tmp_path / 'lmcache.yaml'}`?"
+
+
+def test_all_problems_come_at_once_in_the_order_of_the_text(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "chunk_tokens: abc\n"
+        "verfy: serve\n"
+        "tiers:\n"
+        "  - {name: dram, capcity: 4GiB, backend: {type: cpu, pn: true}}\n"
+        "  - {name: dram, capacity: 5GX, write: bakc, backend: {type: gdss, path: /kv}}\n"
+        "  - {name: x, name: y, backend: {type: cpu}}\n"
+        "plugins: [watch]\n"
+    )
+    problems = refused(file, {"LMCACHE__TIERS__DRAN__WRITE": "back"})
+    found = [(problem.where.removeprefix(f"{file}:").partition(":")[0], problem.path) for problem in problems]
+    assert found == [
+        ("1", "chunk_tokens"),
+        ("2", "verfy"),
+        ("4", "tiers[0].capcity"),
+        ("4", "tiers[0].backend.pn"),
+        ("5", "tiers[1].name"),
+        ("5", "tiers[1].capacity"),
+        ("5", "tiers[1].write"),
+        ("5", "tiers[1].backend.type"),
+        ("6", "tiers[2].name"),
+        ("6", "tiers[2].backend"),
+        ("7", "plugins[0]"),
+        ("environment variable LMCACHE__TIERS__DRAN__WRITE", "tiers.dran"),
+    ]
+    assert str(ConfigError(problems)).startswith("12 configuration errors\n")
+
+
+def test_the_message_has_place_value_mark_consequence_and_mend(tmp_path: Path, place: Callable[[str], str]) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(place(change("capacity: 1GiB", "max_sise: 200GB")))
+    [problem] = [p for p in refused(file) if p.code == Code.UNKNOWN]
+    assert str(problem).splitlines() == [
+        f"LMC-1104  {file}:7:5",
+        "   tiers[1].max_sise: 200GB",
+        "            ^^^^^^^^ unknown key",
+        "   why it stops: an ignored key would leave its default in force without a word",
+        "   fix: remove it; keys here: `name`, `backend`, `capacity`, `write`, `promote`, `serde`, `eviction`, `lane`",
+    ]
+
+
+# -- 300 typos -----------------------------------------------------------------------------------------------
+
+
+def full(directory: Path) -> dict[str, Any]:
+    """Every key there is, each with a valid value."""
+    lane = {"threads": 2, "queue": 64, "inflight": "1MiB", "deadline": "5s"}
+    return {
+        "chunk_tokens": 256,
+        "verify": "load",
+        "plugins": [],
+        "tiers": [
+            {"name": "dram", "capacity": "1MiB", "eviction": {"type": "lru"}, "backend": {"type": "cpu", "pin": True, "shared": False}},
+            {
+                "name": "nvme",
+                "capacity": "1GiB",
+                "write": "back",
+                "promote": False,
+                "lane": lane,
+                "eviction": {"type": "lru"},
+                "backend": {
+                    "type": "gds",
+                    "path": str(directory / "kv"),
+                    "mode": "segments",
+                    "io": "auto",
+                    "free_floor": "1%",
+                    "segment_bytes": "16MiB",
+                },
+            },
+        ],
+    }  # fmt: skip
+
+
+def sparse(data: dict[str, Any], keep: tuple[str | int, ...]) -> dict[str, Any]:
+    """Only what is required, and what is on the way to `keep`."""
+    needed = {"tiers", "name", "capacity", "backend", "type", "path"}
+
+    def cut(node: Any, rest: tuple[str | int, ...] | None) -> Any:
+        if isinstance(node, dict):
+            kept = [key for key in node if key in needed or (rest and key == rest[0])]
+            return {key: cut(node[key], rest[1:] if rest and key == rest[0] else None) for key in kept}
+        if isinstance(node, list):
+            return [cut(item, rest[1:] if rest and i == rest[0] else None) for i, item in enumerate(node)]
+        return node
+
+    result = cut(data, keep)
+    assert isinstance(result, dict)
+    return result
+
+
+def places(node: Any, loc: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    if isinstance(node, dict):
+        return [found for key in node for found in [(*loc, key), *places(node[key], (*loc, key))]]
+    if isinstance(node, list):
+        return [found for i, item in enumerate(node) for found in places(item, (*loc, i))]
+    return []
+
+
+def typo(word: str, edits: int, rng: random.Random) -> str:
+    letters = list(word)
+    for _ in range(edits):
+        at = rng.randrange(len(letters))
+        kind = rng.choice(["drop", "double", "swap", "replace", "insert"])
+        if kind == "drop" and len(letters) > 2:
+            del letters[at]
+        elif kind == "double":
+            letters.insert(at, letters[at])
+        elif kind == "swap" and at + 1 < len(letters):
+            letters[at], letters[at + 1] = letters[at + 1], letters[at]
+        elif kind == "replace":
+            letters[at] = rng.choice(string.ascii_lowercase)
+        else:
+            letters.insert(at, rng.choice(string.ascii_lowercase))
+    return "".join(letters)
+
+
+@pytest.mark.parametrize("style", ["full", "sparse"])
+def test_typos_in_every_key(tmp_path: Path, style: str) -> None:
+    rng = random.Random(20)
+    data = full(tmp_path)
+    spots = places(data)
+    words = {str(spot[-1]) for spot in spots} | {"serde", "inodes"}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(data))
+    load(file, env={})
+    tried = right = 0
+    wrong: list[str] = []
+    while tried < 150:
+        spot = spots[tried % len(spots)]
+        key = str(spot[-1])
+        # Two random letters of a word of four leave nothing to recognise.
+        bad = typo(key, 2 if len(key) > 4 and rng.random() < 0.5 else 1, rng)
+        if bad in words:
+            continue
+        tried += 1
+        broken = data if style == "full" else sparse(data, spot)
+        broken = yaml.safe_load(yaml.safe_dump(broken))
+        node: Any = broken
+        for part in spot[:-1]:
+            node = node[part]
+        node[bad] = node.pop(key)
+        file.write_text(yaml.safe_dump(broken))
+        problems = refused(file)
+        assert any(p.path.endswith(bad) and p.code == Code.UNKNOWN for p in problems), f"{bad} for {key} was not found"
+        if any(p.path.endswith(bad) and f"did you mean `{key}`?" in p.what for p in problems):
+            right += 1
+        else:
+            wrong.append(f"{bad} for {key}")
+    assert right >= 0.95 * tried, f"{right} of {tried}; wrong: {wrong}"

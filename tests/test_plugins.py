@@ -1,0 +1,288 @@
+"""Plugins from real distributions on `sys.path`: found, refused with reasons, imported only when named."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dists import Distributions
+
+from lmcache_backends.cpu import CpuConfig, CpuMemory
+from lmcache_core.config import PipelineConfig, TierConfig, load
+from lmcache_core.errors import PluginConflict, PluginError, UnknownPlugin
+from lmcache_core.eviction.lru import LruConfig
+from lmcache_core.plugins import BACKENDS, GROUPS, PLUGINS, SERDES, Plugins, installed
+from lmcache_core.protocols import BuildContext, MemoryBackend, StorageBackend
+
+CONTEXT = BuildContext(tier="t", object_bytes=8192, capacity=1 << 20, threads=1)
+
+
+@pytest.fixture
+def dists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Distributions]:
+    before = set(sys.modules)
+    path = tmp_path / "site"
+    path.mkdir()
+    monkeypatch.syspath_prepend(str(path))
+    yield Distributions(path)
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and str(path) in str(sys.modules[name].__file__):
+            del sys.modules[name]
+
+
+def test_built_ins_come_in_through_entry_points() -> None:
+    plugins = Plugins()
+    assert plugins.backend("cpu") is CpuConfig
+    assert plugins.eviction("lru") is LruConfig
+    assert {"cpu", "gds"} <= set(plugins.names(BACKENDS))
+    assert {p.distribution for p in installed() if p.name == "cpu" and p.group == BACKENDS} == {"lmcache-core"}
+
+
+def test_installed_is_not_imported_until_named(dists: Distributions) -> None:
+    module = dists.backend("s9")
+    other = dists.backend("s8")
+    plugins = Plugins()
+    assert {"s8", "s9"} <= set(plugins.names(BACKENDS))
+    assert any(p.name == "s9" and p.version == "1.2.3" and p.file == str(dists.path) for p in installed())
+    load({"tiers": [{"name": "a", "capacity": "1MiB", "backend": {"type": "cpu"}}]}, env={})
+    assert not dists.imported(module)
+    config = plugins.backend("s9")
+    assert dists.imported(module)
+    assert not dists.imported(other)
+    assert config(url="s9://x").type == "s9"  # type: ignore[call-arg]
+    assert plugins.active == {(BACKENDS, "s9")}
+
+
+def test_a_named_plugin_works_in_a_configuration(dists: Distributions) -> None:
+    dists.backend("s9")
+    tiers = [
+        {"name": "dram", "capacity": "1MiB", "backend": {"type": "cpu"}},
+        {"name": "cold", "backend": {"type": "s9", "url": "s9://bucket", "access_key": "hunter2"}},
+    ]
+    loaded = load({"tiers": tiers}, env={})
+    backend = loaded.config.tiers[1].backend
+    assert (backend.type, backend.url) == ("s9", "s9://bucket")  # type: ignore[attr-defined]
+    assert "region" in loaded.config.model_dump()["tiers"][1]["backend"], "a plugin's own fields survive a dump"
+    assert "hunter2" not in repr(loaded) + str(loaded.config.model_dump(mode="json"))
+    assert isinstance(loaded.plugins.build_backend(backend, CONTEXT), StorageBackend)
+
+
+def test_unknown_names_say_what_is_near_what_is_there_and_how_to_get_it(dists: Distributions) -> None:
+    dists.backend("redis")
+    with pytest.raises(UnknownPlugin) as near:
+        Plugins().backend("reddis")
+    assert "no backend `reddis` is installed; did you mean `redis`? installed: cpu, gds, redis" in str(near.value)
+    with pytest.raises(UnknownPlugin, match=r"`pip install lmcache-backend-mooncakestore`"):
+        Plugins().backend("mooncakestore")
+    with pytest.raises(UnknownPlugin, match=r"no serde `zstdd` is installed; did you mean `zstd`\?"):
+        Plugins().serde("zstdd")
+    with pytest.raises(UnknownPlugin, match="no eviction policy `arc`"):
+        Plugins().eviction("arc")
+    with pytest.raises(UnknownPlugin, match="no plugin `encrypt` is installed; installed: none"):
+        Plugins(["encrypt"])
+
+
+def test_what_is_installed_after_the_first_look_is_found(dists: Distributions) -> None:
+    plugins = Plugins()
+    with pytest.raises(UnknownPlugin):
+        plugins.backend("late")
+    dists.backend("late")
+    assert plugins.backend("late").model_fields["type"].default == "late"
+
+
+def test_two_distributions_claiming_one_name_are_both_named(dists: Distributions) -> None:
+    dists.backend("s9", "first-s9", "plug_first")
+    dists.backend("s9", "second-s9", "plug_second")
+    with pytest.raises(PluginConflict) as conflict:
+        Plugins().backend("s9")
+    assert "first-s9 1.2.3 (plug_first) and second-s9 1.2.3 (plug_second)" in str(conflict.value)
+    assert "`pip uninstall first-s9` or `pip uninstall second-s9`" in str(conflict.value)
+    assert not dists.imported("plug_first")
+    assert not dists.imported("plug_second")
+
+
+def test_nobody_can_shadow_a_built_in(dists: Distributions) -> None:
+    dists.backend("cpu", "evil-cpu")
+    with pytest.raises(PluginConflict, match=r"evil-cpu 1\.2\.3 .*lmcache-core|lmcache-core .*evil-cpu 1\.2\.3"):
+        Plugins().backend("cpu")
+
+
+def test_a_shadowed_copy_of_a_distribution_is_no_conflict(
+    dists: Distributions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = tmp_path / "older"
+    older.mkdir()
+    dists.add("Lmcache_Backend.s9", {BACKENDS: {"s9": "plug_old"}}, {}, version="0.9", path=older)
+    dists.backend("s9")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(older)])
+    assert Plugins().backend("s9").__module__ == "plug_s9"
+
+
+BROKEN = {
+    "missing dependency": (
+        "import not_installed_anywhere",
+        ["cannot be imported", "ModuleNotFoundError", "it needs `not_installed_anywhere`, which is not installed"],
+    ),
+    "error at import": (
+        "raise RuntimeError('no such device')",
+        ["cannot be imported: RuntimeError: no such device", "`pip install --upgrade acme-plugin`"],
+    ),
+    "exit at import": ("import sys; sys.exit(3)", ["cannot be imported: SystemExit: 3"]),
+    "silent error": ("raise ValueError", ["cannot be imported: ValueError()"]),
+    "syntax error": ("def broken(:", ["cannot be imported: SyntaxError"]),
+    "no hook": ("x = 1", ["does not implement the hook `lmcache_backends`", "hookimpl"]),
+    "hook of another group": (
+        """
+        from lmcache_core.hookspecs import hookimpl
+        @hookimpl
+        def lmcache_serdes(): return []
+        """,
+        ["does not implement the hook `lmcache_backends`"],
+    ),
+    "unknown hook": (
+        """
+        from lmcache_core.hookspecs import hookimpl
+        @hookimpl
+        def lmcache_backend(): return []
+        """,
+        ["has a wrong hook", "lmcache_backend"],
+    ),
+    "wrong argument": (
+        """
+        from lmcache_core.hookspecs import hookimpl
+        @hookimpl
+        def lmcache_backends(context): return []
+        """,
+        ["has a wrong hook", "context"],
+    ),
+    "not a list": (
+        """
+        from lmcache_core.hookspecs import hookimpl
+        @hookimpl
+        def lmcache_backends(): return 5
+        """,
+        ["must return a list of classes, not 5"],
+    ),
+    "empty list": (
+        """
+        from lmcache_core.hookspecs import hookimpl
+        @hookimpl
+        def lmcache_backends(): return []
+        """,
+        ["the entry point says `acme`, its classes say none"],
+    ),
+    "not a config class": (
+        """
+        from lmcache_core.hookspecs import hookimpl
+        @hookimpl
+        def lmcache_backends(): return [dict]
+        """,
+        ["returned <class 'dict'>, which is not a subclass of BackendConfig"],
+    ),
+    "abstract class": (
+        """
+        from typing import Literal
+        from lmcache_core.hookspecs import hookimpl
+        from lmcache_core.protocols import BackendConfig
+        class Config(BackendConfig):
+            type: Literal["acme"] = "acme"
+        @hookimpl
+        def lmcache_backends(): return [Config]
+        """,
+        ["Config does not implement build"],
+    ),
+    "no type": (
+        """
+        from lmcache_core.hookspecs import hookimpl
+        from lmcache_core.protocols import BackendConfig
+        class Config(BackendConfig):
+            def build(self, context): ...
+        @hookimpl
+        def lmcache_backends(): return [Config]
+        """,
+        ["must declare its name", 'type: Literal["acme"] = "acme"'],
+    ),
+    "another type": (
+        """
+        from typing import Literal
+        from lmcache_core.hookspecs import hookimpl
+        from lmcache_core.protocols import BackendConfig
+        class Config(BackendConfig):
+            type: Literal["emca"] = "emca"
+            def build(self, context): ...
+        @hookimpl
+        def lmcache_backends(): return [Config]
+        """,
+        ["the entry point says `acme`, its classes say `emca`; they must agree"],
+    ),
+    "older api": ("LMCACHE_API = 0", ["was written for plugin API 0", "`pip install --upgrade acme-plugin`"]),
+    "newer api": ("LMCACHE_API = 99", ["was written for plugin API 99", "`pip install --upgrade lmcache-core`"]),
+    "odd api": ("LMCACHE_API = '1'", ["was written for plugin API 1"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_plugins_name_distribution_version_and_cause(dists: Distributions, name: str) -> None:
+    source, says = BROKEN[name]
+    dists.add("acme-plugin", {BACKENDS: {"acme": "plug_acme"}}, {"plug_acme": source}, version="4.5.6")
+    with pytest.raises(PluginError) as error:
+        Plugins().backend("acme")
+    assert "backend `acme` of acme-plugin 4.5.6 (plug_acme)" in str(error.value)
+    for words in says:
+        assert words in str(error.value)
+
+
+def test_a_missing_module_blames_the_distribution(dists: Distributions) -> None:
+    dists.add("acme-plugin", {SERDES: {"acme": "plug_nowhere"}}, {})
+    with pytest.raises(PluginError, match=r"serde `acme` of acme-plugin 1\.2\.3 .*reinstall or update it"):
+        Plugins().serde("acme")
+
+
+WRAPPER = """
+from lmcache_core.hookspecs import hookimpl
+calls = []
+@hookimpl(wrapper=True)
+def lmcache_build_backend(config, context):
+    calls.append((config.type, context.tier))
+    return (yield)
+"""
+
+
+def test_wrappers_see_every_backend_only_where_they_are_named(dists: Distributions) -> None:
+    dists.add("acme-plugin", {PLUGINS: {"watch": "plug_watch"}}, {"plug_watch": WRAPPER})
+    plain = Plugins().build_backend(CpuConfig(pin=False), CONTEXT)
+    assert isinstance(plain, CpuMemory)
+    assert "plug_watch" not in sys.modules
+    built = Plugins(["watch"]).build_backend(CpuConfig(pin=False), CONTEXT)
+    assert isinstance(built, MemoryBackend)
+    assert sys.modules["plug_watch"].calls == [("cpu", "t")]
+    assert Plugins().build_backend(CpuConfig(pin=False), CONTEXT)
+    assert len(sys.modules["plug_watch"].calls) == 1, "a wrapper belongs to the configuration that names it"
+
+
+def test_a_wrapper_that_returns_something_else_is_caught(dists: Distributions) -> None:
+    source = WRAPPER.replace("return (yield)", "yield\n    return 5")
+    dists.add("acme-plugin", {PLUGINS: {"watch": "plug_watch"}}, {"plug_watch": source})
+    with pytest.raises(PluginError, match="building backend `cpu` gave a int, not a MemoryBackend"):
+        Plugins(["watch"]).build_backend(CpuConfig(pin=False), CONTEXT)
+
+
+def test_an_entry_may_name_an_object_of_a_module(dists: Distributions) -> None:
+    source = """
+    from lmcache_core.eviction.lru import Lru
+    from lmcache_core.hookspecs import hookimpl
+    from lmcache_core.protocols import EvictionConfig
+    from typing import Literal
+    class Config(EvictionConfig):
+        type: Literal["mine"] = "mine"
+        def build(self): return Lru()
+    class Hooks:
+        @hookimpl
+        def lmcache_evictions(self): return (Config,)
+    hooks = Hooks()
+    """
+    dists.add("acme-plugin", {GROUPS[2]: {"mine": "plug_mine:hooks"}}, {"plug_mine": source})
+    policy = Plugins().eviction("mine")()
+    config = PipelineConfig(tiers=(TierConfig(name="a", capacity=1 << 20, backend=CpuConfig(), eviction=policy),))
+    assert config.tiers[0].eviction.type == "mine"
