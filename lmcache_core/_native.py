@@ -12,6 +12,7 @@ import ctypes
 import errno
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,6 +59,8 @@ class Part(ctypes.Structure):
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get("LMCACHE_NATIVE", "1") == "0":
         return None, "switched off by LMCACHE_NATIVE=0"
+    if sys.byteorder != "little":
+        return None, f"{LIBRARY.name} is for little-endian machines"
     if not LIBRARY.is_file():
         return None, f"{LIBRARY.name} was not built: install a C++17 compiler and reinstall lmcache-core"
     try:
@@ -130,11 +133,18 @@ def address_of(buffer: Buffer, *, writable: bool = False) -> int:
             raise ValueError(f"buffer of shape {buffer.shape} and strides {buffer.strides} is not contiguous")
         array = buffer
     else:
-        array = np.frombuffer(buffer, np.uint8)
+        array = _as_bytes(buffer)
     address, read_only = array.__array_interface__["data"]
     if writable and read_only:
         raise ValueError("buffer is read-only")
     return int(address)
+
+
+def _as_bytes(buffer: Any) -> NDArray[np.uint8]:
+    view = memoryview(buffer)
+    if not view.c_contiguous:
+        raise ValueError(f"buffer of shape {view.shape} and strides {view.strides} is not contiguous")
+    return np.frombuffer(view, np.uint8)
 
 
 def view_at(address: int, nbytes: int) -> memoryview:
@@ -173,8 +183,8 @@ def sha256_chain(state: bytes, tokens: NDArray[np.int32], chunk_tokens: int) -> 
     """
     if len(state) != 32:
         raise ValueError(f"the chain's state is 32 bytes, not {len(state)}")
-    if tokens.dtype != np.int32 or tokens.ndim != 1:
-        raise ValueError(f"tokens must be a vector of int32, not {tokens.dtype} of shape {tokens.shape}")
+    if tokens.dtype != np.int32 or tokens.ndim != 1 or not tokens.flags.c_contiguous:
+        raise ValueError(f"tokens must be a contiguous vector of int32, not {tokens.dtype} of shape {tokens.shape}")
     chunks, rest = divmod(tokens.size, chunk_tokens)
     if rest:
         raise ValueError(f"{tokens.size} tokens are not whole chunks of {chunk_tokens}")
@@ -279,7 +289,7 @@ def join_planes(planes: Buffer, elements: Buffer, itemsize: int) -> None:
 def _planes(source: Buffer, target: Buffer, itemsize: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], int]:
     if itemsize not in (2, 4):
         raise ValueError(f"byte planes need elements of 2 or 4 bytes, not {itemsize}")
-    given, room = np.frombuffer(source, np.uint8), np.frombuffer(target, np.uint8)
+    given, room = _as_bytes(source), _as_bytes(target)
     if given.size != room.size or given.size % itemsize:
         raise ValueError(f"cannot arrange {given.size} bytes of {itemsize}-byte elements into {room.size} bytes")
     return given, room, given.size // itemsize

@@ -38,15 +38,16 @@ class Lane:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, job: Job, cancel: Job, nbytes: int) -> bool:
+    def submit(self, job: Job, cancel: Job, nbytes: int, *, admitted: bool = False) -> bool:
         """Queue `job`. False, at once, when the lane is full or closed: the caller drops the work and counts it.
 
         `cancel` runs instead of the job if the lane closes before its turn. A job larger than the byte bound
-        runs alone rather than never.
+        runs alone rather than never. `admitted`: the job is a further part of work that was queued before.
         """
         with self._ready:
             busy = self._running or self._queue
-            if self._closed or len(self._queue) >= self.max_jobs or (busy and self._bytes + nbytes > self.max_bytes):
+            full = len(self._queue) >= self.max_jobs or (busy and self._bytes + nbytes > self.max_bytes)
+            if self._closed or (full and not admitted):
                 return False
             self._queue.append((job, cancel, nbytes, monotonic()))
             self._bytes += nbytes

@@ -459,6 +459,7 @@ class Pipeline:
             for move in moves:
                 tier = self.tiers[move.tier]
                 kept = Move(move.tier, [position for position in move.positions if position in slot_at])
+                admitted = False
                 for part in split(kept, tier.threads, self._batch_chunks):
                     batch = _Batch(
                         tier,
@@ -473,8 +474,10 @@ class Pipeline:
                         self._loads[keys[position]] = batch
                     transfer._pending += len(part.positions)
                     transfer._batches.append(batch)
-                    refusal = self._submit(batch)
-                    if refusal is not None:
+                    refusal = self._submit(batch, admitted)
+                    if refusal is None:
+                        admitted = True
+                    else:
                         failed.append((batch, refusal))
             transfer.located = True
             waiting = transfer._pending
@@ -493,7 +496,8 @@ class Pipeline:
         transfer._reason = MissReason.NO_ROOM
         return max(start, end)
 
-    def _submit(self, batch: _Batch) -> MissReason | None:
+    def _submit(self, batch: _Batch, admitted: bool) -> MissReason | None:
+        """Queue one batch; why not, if refused. A prefix whose first batch was `admitted` is read whole. Lock held."""
         tier = batch.tier
         if not tier.read_breaker.allow():
             return MissReason.BREAKER
@@ -510,7 +514,7 @@ class Pipeline:
         def cancel() -> None:
             self._loaded(batch, [MissReason.DEADLINE] * len(batch.keys))
 
-        if not tier.read_lane.submit(run, cancel, len(batch.keys) * self.slots.slot_bytes):
+        if not tier.read_lane.submit(run, cancel, len(batch.keys) * self.slots.slot_bytes, admitted=admitted):
             if tier.read_breaker.open:
                 tier.read_breaker.record(MissReason.DEADLINE)  # this call was the probe
             return MissReason.BUSY
@@ -732,7 +736,7 @@ class Pipeline:
             self._demote(len(self.slots.dirty) - self._dirty_limit // 2 - len(self._demoting))
 
     def _take(self, want: int) -> list[int]:
-        """Up to `want` slots. Where dirty chunks stand in the way, start writing them down for the next time. Lock held."""
+        """Up to `want` slots. Where dirty chunks are in the way, start writing them down for next time. Lock held."""
         taken = self.slots.take(want)
         if len(taken) < want and self.slots.dirty:
             self._demote(want - len(taken))

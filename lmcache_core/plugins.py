@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -44,6 +45,7 @@ GROUPS = (BACKENDS, SERDES, EVICTIONS, PLUGINS)
 NOUNS = {BACKENDS: "backend", SERDES: "serde", EVICTIONS: "eviction policy", PLUGINS: "plugin"}
 
 OWN_DISTRIBUTION = "lmcache-core"
+_SEPARATORS = re.compile(r"[-_.]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +71,15 @@ def installed() -> list[Installed]:
     found: list[Installed] = []
     seen: set[str] = set()
     for dist in importlib.metadata.distributions():
-        name = dist.metadata["Name"] or "unknown"
-        folded = name.lower().replace("_", "-").replace(".", "-")
+        ours = [entry for entry in dist.entry_points if entry.group in GROUPS]
+        if not ours:
+            continue
+        folded = _SEPARATORS.sub("-", dist.name).lower()
         if folded in seen:
-            continue  # shadowed by an earlier directory of sys.path, as its modules are
+            continue  # shadowed by a copy earlier on `sys.path`, as its modules are
         seen.add(folded)
-        for entry in dist.entry_points:
-            if entry.group in GROUPS:
-                file = str(dist.locate_file(""))
-                found.append(Installed(entry.group, entry.name, name, dist.version, entry.value, file, entry))
+        file = str(dist.locate_file(""))
+        found += [Installed(e.group, e.name, dist.name, dist.version, e.value, file, e) for e in ours]
     return sorted(found, key=lambda p: (GROUPS.index(p.group), p.name, p.distribution))
 
 

@@ -82,7 +82,8 @@ class StorageTier:
         self.threads = threads
         self.deadline = deadline
         self.codec = serde.codec if serde else seal.RAW_CODEC
-        self.read_lane = Lane(f"{name}-read", threads, queue, inflight)
+        # What is read lands in slots that are taken already: memory itself bounds it.
+        self.read_lane = Lane(f"{name}-read", threads, queue, slots.region.nbytes)
         self.write_lane = Lane(f"{name}-write", threads, queue, inflight)
         self.read_breaker = Breaker()
         self.write_breaker = Breaker()
@@ -294,14 +295,15 @@ class StorageTier:
         if not new:
             return
         buffers = self._staging.take(len(new))
+        bound = self._serde.bound()
         try:
             for at in range(0, len(new), len(buffers)):
                 some = new[at : at + len(buffers)]
-                bodies = [buffer[HEADER_BYTES:] for buffer in buffers[: len(some)]]
+                bodies = [buffer[HEADER_BYTES : HEADER_BYTES + bound] for buffer in buffers[: len(some)]]
                 try:
                     sizes = _all(some, self._serde.encode([self._slots.payload(slots[i]) for i in some], bodies))
                     if not all(0 <= size <= len(body) for size, body in zip(sizes, bodies, strict=True)):
-                        raise BackendError(f"serde {self.codec} encoded into {sizes} bytes, its bound is {len(bodies[0])}")
+                        raise BackendError(f"encoded into {sizes} bytes, the bound of {self.codec} is {bound}")
                 except Exception as error:
                     self._failed("encode", error)
                     for i in some:
@@ -338,7 +340,7 @@ class StorageTier:
                     outcomes[i] = MissReason.NO_ROOM
                 if attempt and not victims:
                     break
-                todo = self._put(todo[:fits], keys, sizes, outcomes)
+                todo = self._put(todo[:fits], keys, sizes[:fits], outcomes) if fits else []
             finally:
                 with self._lock:
                     self._pending -= charge
@@ -364,7 +366,7 @@ class StorageTier:
         stored: list[ChunkKey] = []
         charged: list[int] = []
         written = 0
-        for (i, view), size, result in zip(todo, sizes, results, strict=False):
+        for (i, view), size, result in zip(todo, sizes, results, strict=True):
             if result is None:
                 stored.append(keys[i])
                 charged.append(size)
@@ -478,7 +480,7 @@ class StorageTier:
                 assert total <= self.capacity, f"tier {self.name}: {total} bytes over its capacity {self.capacity}"
 
 
-def _all(keys: Sequence[ChunkKey], results: list[_T]) -> list[_T]:
+def _all(keys: Sequence[object], results: list[_T]) -> list[_T]:
     """The results, if there is one for each key: anything else would attach outcomes to the wrong chunks."""
     if len(results) != len(keys):
         raise BackendError(f"{len(results)} results for {len(keys)} keys: a backend returns exactly one for each")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,9 +46,7 @@ def pipelines(layout: KVLayout) -> Iterator[BuildPipeline]:
     """
     opened: list[tuple[Pipeline, FaultInjector | None]] = []
 
-    def make(
-        *tiers: TierConfig, slots: int = 8, injector: FaultInjector | None = None, **options: Any
-    ) -> Pipeline:
+    def make(*tiers: TierConfig, slots: int = 8, injector: FaultInjector | None = None, **options: Any) -> Pipeline:
         kv = options.pop("layout", layout)
         # Staging of encoded tiers comes out of the same capacity.
         room = slots * round_up(object_bytes(kv.chunk_bytes)) + options.pop("staging", 0)

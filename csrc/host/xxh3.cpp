@@ -28,29 +28,16 @@ alignas(64) constexpr uint8_t SECRET[SECRET_BYTES] = {
     0x45, 0xcb, 0x3a, 0x8f, 0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e,
 };
 
-template <class T>
-inline T load(const uint8_t *p) {
-    T value;
+inline uint32_t read32(const uint8_t *p) {
+    uint32_t value;
     memcpy(&value, p, sizeof value);
     return value;
 }
 
-inline uint32_t read32(const uint8_t *p) {
-    const auto v = load<uint32_t>(p);
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    return __builtin_bswap32(v);
-#else
-    return v;
-#endif
-}
-
 inline uint64_t read64(const uint8_t *p) {
-    const auto v = load<uint64_t>(p);
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    return __builtin_bswap64(v);
-#else
-    return v;
-#endif
+    uint64_t value;
+    memcpy(&value, p, sizeof value);
+    return value;
 }
 
 inline uint64_t rotl(uint64_t v, int bits) { return v << bits | v >> (64 - bits); }

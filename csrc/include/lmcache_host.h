@@ -2,7 +2,7 @@
  *
  * Addresses are 64-bit integers, sizes are bytes unless a name says otherwise, and nothing of Python or of any
  * tensor library crosses this boundary. No function keeps a pointer, allocates on a caller's behalf or throws.
- * All are thread-safe; none needs the caller to hold a lock. */
+ * All are thread-safe; none needs the caller to hold a lock. For little-endian machines. */
 #ifndef LMCACHE_HOST_H
 #define LMCACHE_HOST_H
 

@@ -60,7 +60,6 @@ class FileVolume:
         """Set when the books and the medium may differ; the backend then opens the directory anew."""
         self._capacity = capacity
         self._inodes = inodes
-        self._direct = folder.direct_flag(io)
         self._floor = folder.floor_bytes(free_floor)
         self._lock = threading.Lock()
         self._commit = threading.Lock()
@@ -77,6 +76,7 @@ class FileVolume:
             self._objects = folder.enter(_OBJECTS, create=True)
             self._temporary = folder.enter(_TEMPORARY, create=True)
             self._reap()
+            self._direct = folder.direct_flag(io, self._temporary)
             self._found = self._take_stock()
         except OSError as error:
             raise BackendUnavailable(f"{folder.path} cannot be read: {error}") from error

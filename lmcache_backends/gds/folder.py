@@ -135,13 +135,16 @@ class Folder:
         info = os.fstatvfs(self.fd.number)
         return floor.of(info.f_blocks * info.f_frsize)
 
-    def direct_flag(self, io: Io) -> int:
-        """`O_DIRECT`, or 0 for buffered I/O: asked for, or (`auto`) because the file system refuses direct I/O."""
+    def direct_flag(self, io: Io, within: Fd | None = None) -> int:
+        """`O_DIRECT`, or 0 for buffered I/O: asked for, or (`auto`) because the file system refuses direct I/O.
+
+        Tried with a file `probe-*.tmp` in the directory or in `within`; who is killed here leaves it behind.
+        """
         if io == "buffered":
             return 0
         name = f"probe-{secrets.token_hex(8)}.tmp"
         try:
-            fd = self.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT)
+            fd = self.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, within)
             with mmap.mmap(-1, PAGE) as page:
                 os.pwrite(fd.number, page, 0)
         except OSError as error:
@@ -154,7 +157,7 @@ class Folder:
             return 0
         finally:
             with contextlib.suppress(OSError):  # on a read-only file system it was never made
-                self.unlink(name)
+                self.unlink(name, within)
         return os.O_DIRECT
 
 

@@ -99,8 +99,8 @@ class Journal:
     def rewrite(self, records: Sequence[Record]) -> None:
         """Replace the journal by a snapshot. Raise `OSError`; the old file then stays, broken or not as it was."""
         generation = secrets.randbits(64)
-        remove_temporary(self._folder)
         try:
+            self._folder.unlink(_TEMPORARY)
             fd = self._folder.open(_TEMPORARY, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             os.posix_fallocate(fd.number, 0, self.nbytes)
             head = _HEADER.pack(_MAGIC, _VERSION, generation, len(records))
@@ -111,7 +111,7 @@ class Journal:
             os.rename(_TEMPORARY, NAME, src_dir_fd=at, dst_dir_fd=at)
         except OSError:
             with contextlib.suppress(OSError):
-                remove_temporary(self._folder)
+                self._folder.unlink(_TEMPORARY)
             raise
         killpoint("compact.after_rename")
         self._fd, self._generation, self._count = fd, generation, len(records)
@@ -123,16 +123,11 @@ def file_bytes(records: int) -> int:
     return round_up(PAGE + records * _RECORD.size)
 
 
-def remove_temporary(folder: Folder) -> None:
-    """Reap the temporary file of a rewrite that was interrupted."""
-    folder.unlink(_TEMPORARY)
-
-
-def remove_larger(folder: Folder, nbytes: int) -> None:
-    """Remove a journal of a larger capacity, which would not fit beside its successor."""
+def excess(folder: Folder, nbytes: int) -> int:
+    """Bytes by which the journal that is there, perhaps of a larger capacity, is larger than `nbytes`."""
     with contextlib.suppress(FileNotFoundError):
-        if os.stat(NAME, dir_fd=folder.fd.number, follow_symlinks=False).st_size > nbytes:
-            folder.unlink(NAME)
+        return max(0, os.stat(NAME, dir_fd=folder.fd.number, follow_symlinks=False).st_size - nbytes)
+    return 0
 
 
 def load(folder: Folder) -> Iterable[Record] | None:

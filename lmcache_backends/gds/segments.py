@@ -35,6 +35,7 @@ from lmcache_core.types import PAGE, ChunkKey, Got, MissReason, Put, Usage, obje
 from lmcache_core.units import Percent
 
 _SEGMENT = re.compile(r"segment-(\d{6})")
+_TEMPORARY = re.compile(r"(journal|probe-[0-9a-f]{16})\.tmp")
 _LOCK = "lock"
 _MAGIC = b"LMCSEG\r\n"
 _VERSION = 1
@@ -54,7 +55,6 @@ class SegmentVolume:
         self._geometry = geometry
         folder.refuse("objects", "files")
         self._owner = _take_lock(folder)
-        self._direct = folder.direct_flag(io)
         self._floor = folder.floor_bytes(free_floor)
         self._lock = threading.Lock()
         self._commit = threading.Lock()
@@ -66,6 +66,8 @@ class SegmentVolume:
         """Read since the last journal record, coldest first."""
         self._journal = Journal(folder, geometry.journal_records)
         try:
+            self._reap()
+            self._direct = folder.direct_flag(io)
             self._recover()
         except OSError as error:
             raise BackendUnavailable(f"{folder.path} cannot be recovered: {error}") from error
@@ -395,19 +397,18 @@ class SegmentVolume:
 
     # -- recovery ----------------------------------------------------------------------------------------------
     def _recover(self) -> None:
-        journal.remove_temporary(self.folder)
         segments = self._open_segments()
         records = journal.load(self.folder)
         if records is None:
             records = _scan_headers(segments)
-        journal.remove_larger(self.folder, self._journal.nbytes)
         taken = _replay(records, segments, self._index)
         for segment in segments.values():
             owners = taken[segment.number]
             segment.free = deque(slot for slot in range(segment.slots) if owners[slot] is None)
             self._slab.add(segment)
         self._object_bytes = sum(entry.nbytes for entry in self._index.values())
-        while self._room() < 0 and self._slab.segments:
+        excess = journal.excess(self.folder, self._journal.nbytes)
+        while self._room() < excess and self._slab.segments:
             self._shed()
         while len(self._index) > self._journal.records // 2:
             _, entry = self._index.popitem(last=False)
@@ -420,6 +421,12 @@ class SegmentVolume:
                 if not isinstance(transfer.no_space(error, ""), NoSpace) or not self._slab.segments:
                     raise
                 self._shed()
+
+    def _reap(self) -> None:
+        """Remove what a process that was killed left behind; we hold the lock, so nobody is using it."""
+        for name in os.listdir(self.folder.fd.number):
+            if _TEMPORARY.fullmatch(name):
+                self.folder.unlink(name)
 
     def _open_segments(self) -> dict[int, Segment]:
         segments: dict[int, Segment] = {}

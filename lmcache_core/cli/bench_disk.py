@@ -226,7 +226,7 @@ def measure_disk(layout: KVLayout, directory: Path, effort: Effort) -> DiskResul
     Raise `LMCacheError` when the file system has too little room, or when chunks do not come back as they were stored.
     """
     stored = round_up(object_bytes(layout.chunk_bytes))
-    size = max(2, effort.disk_batch // stored)
+    size = max(2, effort.disk_batch // layout.chunk_bytes)
     need = (_HELD * size + 2) * stored + 2 * size * stored
     free = shutil.disk_usage(directory).free
     if need > free * 0.9:

@@ -33,6 +33,7 @@ _EXAMPLE = {
     "tiers": "tiers: [{name: dram, capacity: 4GiB, backend: {type: cpu}}]",
     "path": "path: /var/cache/lmcache",
 }
+_PLUGIN_KEYS = ("backend", "serde", "eviction")
 _RENAMED = {
     "chunk_size": "chunk_tokens",
     "max_size": "capacity",
@@ -117,7 +118,7 @@ class Diagnosis:
     def _elsewhere(self, loc: Loc, key: str) -> str | None:
         """The mend for a key that is right in another place nearby."""
         parent = loc[:-1]
-        owners = ("backend", "serde", "eviction", "lane")
+        owners = (*_PLUGIN_KEYS, "lane")
         for name in self._keys(parent):
             if name in owners and key in self._fields((*parent, name)) and key != "type":
                 return f"move it into `{name}:` of this tier"
@@ -182,12 +183,9 @@ class Diagnosis:
             fix = "write a list: start each item with `- `" + (" and give it its key as `name:`" if is_map else "")
             return "must be a list", fix + "; as JSON in the environment"
         if kind in ("model_type", "model_attributes_type", "dict_type", "is_instance_of"):
-            given = error["input"]
-            fix = (
-                f"write `{error['loc'][-1]}: {{type: {given}}}`"
-                if isinstance(given, str) and kind == "is_instance_of"
-                else ""
-            )
+            name, given = error["loc"][-1], error["input"]
+            plugin = isinstance(given, str) and name in _PLUGIN_KEYS
+            fix = f"write `{name}: {{type: {given}}}`" if plugin else ""
             return "must be a mapping of settings", fix
         bounds = {"greater_than": ("above", "gt"), "greater_than_equal": ("at least", "ge")} | {
             "less_than": ("below", "lt"),
@@ -263,9 +261,10 @@ class Diagnosis:
             if model is base:
                 try:
                     given = self._draft.value(loc)
-                    return type(given) if isinstance(given, base) else find(given["type"])
-                except (KeyError, TypeError, PluginError):
-                    return None
+                    kind = given["type"] if isinstance(given, Mapping) else None
+                    return type(given) if isinstance(given, base) else find(kind) if isinstance(kind, str) else base
+                except (KeyError, PluginError):
+                    return base
         return model
 
     def _typed_secrets(self, value: Any, loc: Loc) -> Iterator[Any]:

@@ -62,12 +62,15 @@ def load(source: Path | str | Mapping[str, Any] | None = None, env: Mapping[str,
         between = [
             details for details in _between_tiers(draft, plugins) if (details["loc"], details["msg"]) not in known
         ]
-        problems += diagnosis.problems([*error.errors(), *between])
+        # What the reader refused (a tag, a second value) is one problem, not also a wrong value.
+        refused = {problem.path for problem in draft.problems}
+        found = diagnosis.problems([*error.errors(), *between])
+        problems += [problem for problem in found if problem.path not in refused]
     if config is not None:
         try:
             raise_findings("PipelineConfig", machine_findings(config))
         except ValidationError as error:
-                problems += diagnosis.problems(error.errors())
+            problems += diagnosis.problems(error.errors())
     if problems or config is None:
         # Without a cause: a traceback would print pydantic's own message, with values that may be secrets.
         raise ConfigError([_clean(problem, diagnosis) for problem in sorted(problems, key=_text_order)])

@@ -17,6 +17,7 @@ from lmcache_core.errors import PluginError
 from lmcache_core.eviction.lru import LruConfig
 from lmcache_core.plugins import Plugins
 from lmcache_core.protocols import BackendConfig, EvictionConfig, Frozen, SerdeConfig
+from lmcache_core.spelling import closest
 from lmcache_core.units import PERCENT_SCHEMA, SIZE_SCHEMA, ByteSize, Percent, Seconds, parse_size
 
 TIER_NAME = r"^[a-z0-9]+(?:[-_][a-z0-9]+)*$"
@@ -29,6 +30,15 @@ def manager_of(info: Info) -> Plugins:
     return context["plugins"] if isinstance(context, dict) and "plugins" in context else plugins.default()
 
 
+def _no_type(value: Mapping[Any, Any]) -> list[InitErrorDetails]:
+    """Why a mapping names no plugin: without its `type` nothing else in it can be judged, but for its spelling."""
+    if "type" in value:
+        return [InitErrorDetails(type="string_type", loc=("type",), input=value["type"])]
+    near = [key for key in value if isinstance(key, str) and closest(key, ["type"])]
+    misspelt = [InitErrorDetails(type="extra_forbidden", loc=(key,), input=value[key]) for key in near]
+    return [InitErrorDetails(type="missing", loc=("type",), input=value), *misspelt]
+
+
 def _by_type(base: type[BaseModel], find: Callable[[Plugins, str], type[BaseModel]]) -> BeforeValidator:
     """Turn a mapping into an instance of the plugin's own model, chosen by its `type`."""
 
@@ -37,9 +47,7 @@ def _by_type(base: type[BaseModel], find: Callable[[Plugins, str], type[BaseMode
             return value
         name = value.get("type")
         if not isinstance(name, str):
-            kind = "missing" if "type" not in value else "string_type"
-            details = [InitErrorDetails(type=kind, loc=("type",), input=value.get("type", value))]
-            raise ValidationError.from_exception_data(base.__name__, details)
+            raise ValidationError.from_exception_data(base.__name__, _no_type(value))
         try:
             model = find(manager_of(info), name)
         except PluginError as error:

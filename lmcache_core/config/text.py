@@ -64,9 +64,10 @@ def _bytes(path: Path) -> bytes:
             near = closest(path.name, sorted(p.name for p in path.parent.iterdir()))
             fix = f"did you mean `{path.parent / near}`?" if near else fix
         raise _unreadable(path, reason[:1].lower() + reason[1:], fix) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise _unreadable(path, "is not a regular file", "give the path of a YAML or TOML file")
     with open(fd, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise _unreadable(path, "is not a regular file", "give the path of a YAML or TOML file")
         raw = stream.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
         raise _unreadable(path, "is larger than 1 MiB", "a configuration is a page of text; is this the right file?")
@@ -95,7 +96,9 @@ def parse_yaml(name: str, text: str) -> Document:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         what = ", ".join(part for part in (error.context, error.problem) if part)
-        fix = "indent with spaces" if "'\\t'" in what else "check quotes, colons and indentation here"
+        fix = (
+            "indent with spaces" if " tab " in what or "'\\t'" in what else "check quotes, colons and indentation here"
+        )
         raise _syntax(where, f"not valid YAML: {what}", fix) from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1

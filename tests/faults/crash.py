@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from faults.disk import Disk, du, key_of, open_object, put_object, size_of
-from lmcache_backends.gds import killpoint
+
+from lmcache_backends.gds import journal, killpoint
 from lmcache_backends.gds.backend import DiskBackend, FileBackend, SegmentBackend
 from lmcache_backends.gds.files import FileVolume, file_footprint
 from lmcache_backends.gds.folder import Folder
@@ -135,6 +136,10 @@ class Options:
         """Bytes the store has for objects: when they become fewer, some are dropped at the next start."""
         return self.capacity - (self.plan().overhead if self.mode == "segments" else 0)
 
+    def journal_bytes(self) -> int:
+        """Size of the journal."""
+        return journal.file_bytes(self.plan().journal_records)
+
     def open(self, path: Path) -> DiskBackend:
         """The backend."""
         if self.mode == "files":
@@ -159,22 +164,10 @@ class Worker:
 
     def verify(self, *, lossy: bool, torn_is_fine: bool) -> None:
         """Read every key. Raise `AssertionError` for anything that may not be."""
-        buffer = self.buffers[:SLOT]
         present = 0
         for key in range(KEYS):
-            got = self.backend.get_into([key_of(key)], [buffer])[0]
-            version = 0
-            if isinstance(got, int):
-                try:
-                    version = open_object(buffer[:got], key)
-                except CorruptChunk as error:
-                    assert torn_is_fine, f"key {key} is corrupt after kill -9: {error}"
-                    self.torn += 1
-                    self.backend.delete([key_of(key)])
-            elif got is not None:
-                assert torn_is_fine and isinstance(got, CorruptChunk), f"key {key}: {got!r}"
-                self.torn += 1
-                self.backend.delete([key_of(key)])
+            version, torn = self.look(key)
+            assert torn_is_fine or not torn, f"key {key} after kill -9: {torn}"
             if torn_is_fine:
                 assert version <= self.expected.latest[key], f"key {key} holds version {version} of the future"
             else:
@@ -186,6 +179,19 @@ class Worker:
             present += bool(version)
         self.check_books(present)
         self.expected.verified = True
+
+    def look(self, key: int) -> tuple[int, str]:
+        """The version a key holds, 0 for none, and what is wrong with it; what is wrong is deleted, as the core does."""
+        buffer = self.buffers[:SLOT]
+        got = self.backend.get_into([key_of(key)], [buffer])[0]
+        try:
+            if isinstance(got, Exception):
+                raise got
+            return (0 if got is None else open_object(buffer[:got], key)), ""
+        except CorruptChunk as error:
+            self.torn += 1
+            self.backend.delete([key_of(key)])
+            return 0, str(error)
 
     def check_books(self, present: int) -> None:
         """The backend's books, the disk's and ours must agree."""
@@ -289,6 +295,7 @@ class Crashes:
         self.counts: Counter[str] = Counter()
         self.options: Options | None = None
         self._room = dict.fromkeys(MODES, 0)
+        self._journal = dict.fromkeys(MODES, 0)
         self._lossy = dict.fromkeys(MODES, False)
         self._rumours = dict.fromkeys(MODES, False)
 
@@ -303,8 +310,11 @@ class Crashes:
             (path / "journal").unlink(missing_ok=True)
             self._rumours[mode] = True
         room = options.room()
-        self._lossy[mode] |= room < self._room[mode]
+        # A longer journal takes room too, while it is replaced by a shorter one.
+        excess = max(0, self._journal[mode] - options.journal_bytes())
+        self._lossy[mode] |= room - excess < self._room[mode]
         self._room[mode] = room
+        self._journal[mode] = max(self._journal[mode], options.journal_bytes())
         lossy, rumours = self._lossy[mode], self._rumours[mode]
         seed = rng.getrandbits(32)
         expected.verified = False
@@ -318,6 +328,7 @@ class Crashes:
         by_itself = self._fork(live, expected, rng.uniform(0, longest_s) if not point else 1.0)
         if expected.verified:
             self._lossy[mode] = self._rumours[mode] = False
+            self._journal[mode] = options.journal_bytes()
         self.counts["cycles"] += 1
         self.counts["verified"] += KEYS
         self.counts[point or "anywhere"] += by_itself or not point
@@ -374,7 +385,7 @@ class Cuts:
             try:
                 worker = Worker(path, self.expected, options, seed)
                 for key in range(KEYS):
-                    self.expected.settle(key, _held(worker, key))
+                    self.expected.settle(key, worker.look(key)[0])
                 threading.Thread(target=self._noise, args=(seed,), daemon=True).start()
                 worker.run()
             except BaseException:
@@ -423,17 +434,6 @@ class Cuts:
                     finally:
                         os.close(fd)
             time.sleep(0.002)
-
-
-def _held(worker: Worker, key: int) -> int:
-    """The version a key holds, 0 for none or torn."""
-    buffer = worker.buffers[:SLOT]
-    got = worker.backend.get_into([key_of(key)], [buffer])[0]
-    try:
-        return open_object(buffer[:got], key) if isinstance(got, int) else 0
-    except CorruptChunk:
-        worker.backend.delete([key_of(key)])
-        return 0
 
 
 def run_kills(home: Path, cycles: int, seed: int, progress: Callable[[Counter[str]], None]) -> Counter[str]:

@@ -1,4 +1,4 @@
-"""What the disk tests share: sealed objects anybody can recompute, the disk's own figures, and small mounts to break."""
+"""What the disk tests share: sealed objects anybody can recompute, the disk's own figures, mounts to break."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def open_object(obj: memoryview, number: int) -> int:
     return head.created
 
 
-def read_version(backend: StorageBackend, number: int, buffer: memoryview) -> int | None | Exception:
+def read_version(backend: StorageBackend, number: int, buffer: memoryview) -> int | Exception | None:
     """The version stored under test key `number`, None when absent, or why it cannot be read."""
     got: Got = backend.get_into([key_of(number)], [buffer])[0]
     if not isinstance(got, int):

@@ -1,0 +1,313 @@
+"""Several lifetimes of a real vLLM engine in one process; prints what each did as one line of JSON.
+
+usage: vllm_lifetimes.py WORK_DIRECTORY (tiny | MODEL_DIRECTORY)
+
+Run in a process of its own: vLLM keeps global state and its environment must be set before it is imported.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+ENVIRONMENT = {
+    # The engine in this process: quick to start, and its connector can be looked at.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # The same threads in every lifetime, or numerics differ; passive, or they spin while others wait.
+    "VLLM_CPU_OMP_THREADS_BIND": f"0-{min(2, os.cpu_count() or 1) - 1}",
+    "OMP_NUM_THREADS": str(min(2, os.cpu_count() or 1)),
+    "OMP_WAIT_POLICY": "passive",
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+CHUNK = 256
+
+
+def tiny_model(path: Path, **changes: Any) -> Path:
+    """A random four-layer Llama whose answers depend on every token."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=512,
+        max_position_embeddings=4096,
+        initializer_range=0.15,
+        **changes,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+class Engine:
+    """One lifetime."""
+
+    def __init__(self, llm: Any) -> None:
+        from vllm import SamplingParams
+
+        self.llm = llm
+        self.core = llm.llm_engine.engine_core.engine_core
+        self.connector = self.core.scheduler.connector
+        self._params = SamplingParams
+
+    @property
+    def loaded(self) -> int:
+        """Tokens promised by the connector so far."""
+        scheduler = getattr(self.connector, "_scheduler", None)
+        return scheduler.counts["loaded_tokens"] if scheduler else 0
+
+    def ask(self, prompts: Sequence[Sequence[int]], count: int = 6, salt: str | None = None) -> list[dict[str, Any]]:
+        """Answers one by one, so that each is computed alone: token ids, their log probabilities, tokens loaded."""
+        answers = []
+        for prompt in prompts:
+            before = self.loaded
+            started = time.perf_counter()
+            (answer,) = self.batch([prompt], count, salt)
+            answers.append({**answer, "loaded": self.loaded - before, "seconds": time.perf_counter() - started})
+        return answers
+
+    def batch(self, prompts: Sequence[Sequence[int]], count: int, salt: str | None = None) -> list[dict[str, Any]]:
+        """Answers of requests that run together."""
+        inputs = [{"prompt_token_ids": list(p)} | ({"cache_salt": salt} if salt else {}) for p in prompts]
+        params = self._params(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, logprobs=0)
+        outputs = [request.outputs[0] for request in self.llm.generate(inputs, params, use_tqdm=False)]
+        return [
+            {
+                "tokens": list(output.token_ids),
+                "logprobs": [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)],
+            }
+            for output in outputs
+        ]
+
+    def books(self) -> dict[str, Any]:
+        """Flush, check that nothing is held, and return the counters."""
+        scheduler = self.connector._scheduler
+        pipeline = scheduler.pipeline
+        assert pipeline.flush(30)
+        pipeline.check(idle=True)
+        stats = pipeline.stats()
+        return {"counts": dict(scheduler.counts), "stored": stats["stored"], "hits": stats["hits"], "misses": stats["misses"]}
+
+
+@contextmanager
+def engine(model: Path, work: Path, *, cache: bool = True, load: str = "auto", **options: Any) -> Iterator[Engine]:
+    """Start vLLM on `model`; with `cache`, a DRAM tier over a disk tier below `work`."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    if cache:
+        tiers = [
+            {"name": "dram", "capacity": options.pop("dram", "512MiB"), "backend": {"type": "cpu"}},
+            {"name": "disk", "capacity": "2GiB", "write": "through", "backend": {"type": "gds", "path": str(work)}},
+        ]
+        options["kv_transfer_config"] = {
+            "kv_connector": "LMCacheCoreConnector",
+            "kv_connector_module_path": "lmcache_core.adapters.vllm",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": options.pop("policy", "recompute"),
+            "kv_connector_extra_config": {"config": {"chunk_tokens": CHUNK, "tiers": tiers}, "load": load},
+        }
+    settings = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "max_model_len": 2048,
+        "skip_tokenizer_init": True,
+        "max_num_batched_tokens": 512,
+        "kv_cache_memory_bytes": 512 << 20,
+    }
+    llm = LLM(model=str(model), **{**settings, **options})
+    running = Engine(llm)
+    try:
+        yield running
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del running, llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def damage(work: Path, share: int) -> int:
+    """Flip one byte in every `share`-th megabyte of the disk tier's large files; how many were changed."""
+    changed = 0
+    for file in work.rglob("*"):
+        if file.is_file() and file.stat().st_size > 1 << 20:
+            with file.open("r+b") as stream:
+                for at in range(1 << 19, file.stat().st_size, share << 20):
+                    stream.seek(at)
+                    byte = stream.read(1)
+                    if byte and byte != b"\0":
+                        stream.seek(at)
+                        stream.write(bytes([byte[0] ^ 0x10]))
+                        changed += 1
+    return changed
+
+
+def tiny(work: Path) -> dict[str, Any]:
+    """Every way a request can meet the cache, on a model that costs milliseconds."""
+    model = tiny_model(work / "model")
+    disk = work / "kv"
+    random = Random(3)
+    document = random.choices(range(3, 512), k=1400)
+    # A chunk boundary, one beyond it, inside a chunk, shorter than a chunk, and a shared prefix with another end.
+    prompts = [document[:1024], document[:1030], document, document[:200], document[:1100] + random.choices(range(3, 512), k=90)]
+    found: dict[str, Any] = {}
+    with engine(model, disk, cache=False) as e:
+        found["baseline"] = e.ask(prompts)
+    with engine(model, disk, cache=False, enable_prefix_caching=True) as e:
+        e.ask(prompts[1:2])
+        found["control"] = e.ask(prompts[1:2])
+    with engine(model, disk) as e:
+        found["cold"] = e.ask(prompts[:1]) + e.ask(prompts[1:])
+        found["warm"] = e.ask(prompts)
+        found["salted"] = e.ask(prompts[1:3], salt="tenant")
+        found["salted_again"] = e.ask(prompts[1:3], salt="tenant")
+        long = e.ask([document[:300]], count=300)[0]["tokens"]
+        found["continued"] = e.ask([document[:300] + long], count=2)
+        found["first_books"] = e.books()
+    restarts: dict[str, dict[str, Any]] = {
+        "restart": {},
+        "restart_polled": {"policy": "fail", "enable_prefix_caching": True},
+        "damaged_async": {"load": "async"},
+        "damaged_polled": {"load": "sync", "policy": "fail"},
+    }
+    for name, options in restarts.items():
+        if name.startswith("damaged"):
+            found[name + "_objects"] = damage(disk, 2)
+        with engine(model, disk, **options) as e:
+            found[name] = e.ask(prompts)
+            found[name + "_books"] = e.books()
+    found |= _crowded(model, work / "crowd")
+    found |= _bypassed(work)
+    return found
+
+
+def _crowded(model: Path, disk: Path) -> dict[str, Any]:
+    """Eight requests in room for three, so that vLLM preempts; and some that are aborted at different steps."""
+    random = Random(5)
+    crowd = [random.choices(range(3, 512), k=random.randrange(488, 512)) for _ in range(8)]
+    room = {"kv_cache_memory_bytes": 14 * 262144, "max_model_len": 900}
+    found: dict[str, Any] = {}
+    with engine(model, disk, cache=False, **room) as e:
+        found["crowd_baseline"] = e.ask(crowd, 30)
+    with engine(model, disk, dram="12MiB", load="async", **room) as e:
+        preempted = _count(e.core.scheduler, "_preempt_request")
+        found["crowd"] = e.batch(crowd, 30)
+        found["crowd_again"] = e.batch(crowd, 30)
+        found["preemptions"] = preempted[0]
+        _abort_some(e, crowd)
+        found["after_aborts"] = e.ask(crowd[:3], 30)
+        found["crowd_books"] = e.books()
+        e.connector.reset_cache()
+        found["after_reset"] = e.ask(crowd[:1], 30)
+        found["after_reset_again"] = e.ask(crowd[:1], 30)
+        e.books()
+    return found
+
+
+def _count(thing: Any, method: str) -> list[int]:
+    """Count the calls of a method."""
+    calls, original = [0], getattr(thing, method)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return original(*args, **kwargs)
+
+    setattr(thing, method, counting)
+    return calls
+
+
+def _abort_some(e: Engine, prompts: Sequence[Sequence[int]]) -> None:
+    """Abort each request a different number of steps after its arrival."""
+    llm_engine = e.llm.llm_engine
+    for steps, prompt in enumerate(prompts):
+        name = f"abort-{steps}"
+        params = e._params(temperature=0, max_tokens=50, ignore_eos=True, detokenize=False)
+        llm_engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+        for _ in range(steps):
+            llm_engine.step()
+        llm_engine.abort_request([name])
+        llm_engine.step()
+    while llm_engine.has_unfinished_requests():
+        llm_engine.step()
+    for _ in range(50):
+        e.core.step_fn()
+
+
+def _bypassed(work: Path) -> dict[str, Any]:
+    """A model whose KV is not kept for the whole prefix runs as if there were no connector."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        vocab_size=512,
+        sliding_window=128,
+    )
+    MistralForCausalLM(config).save_pretrained(work / "window")
+    prompt = Random(1).choices(range(3, 512), k=600)
+    with engine(work / "window", work / "none") as e:
+        return {"window": e.ask([prompt, prompt]), "window_cached": e.connector._scheduler is not None}
+
+
+def real(model: Path, work: Path) -> dict[str, Any]:
+    """Cold, warm and after a restart on a real model, against a run whose own prefix cache holds the same tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = Path(__file__).with_name("vllm_text.txt")
+    source = text.read_text(encoding="utf-8") if text.exists() else Path(__file__).read_text(encoding="utf-8") * 8
+    document = tokenizer(source, verbose=False)["input_ids"]
+    tails = [tokenizer(q)["input_ids"] for q in ("\nIn short, this program", "\nThe first function above", "\nHere is")]
+    prompts = [document[: 8 * CHUNK] + tail for tail in tails]
+    assert len(document) >= 8 * CHUNK
+    found: dict[str, Any] = {"prefix": 8 * CHUNK}
+    options = {"max_model_len": 4096, "max_num_batched_tokens": 2048}
+    with engine(model, work, cache=False, **options) as e:
+        found["baseline"] = e.ask(prompts, 16)
+    with engine(model, work, cache=False, enable_prefix_caching=True, **options) as e:
+        e.ask(prompts[:1], 1)
+        found["control"] = e.ask(prompts, 16)
+    with engine(model, work, **options) as e:
+        found["cold"] = e.ask(prompts[:1], 16)
+        found["warm"] = e.ask(prompts, 16)
+        found["books"] = e.books()
+    for name, more in {"restart": {}, "restart_async": {"load": "async"}}.items():
+        with engine(model, work, **options, **more) as e:
+            found[name] = e.ask(prompts, 16)
+            found[name + "_books"] = e.books()
+    return found
+
+
+def main(arguments: Sequence[str]) -> None:
+    work = Path(arguments[0])
+    work.mkdir(parents=True, exist_ok=True)
+    run: Callable[[], dict[str, Any]] = lambda: (  # noqa: E731
+        tiny(work) if arguments[1] == "tiny" else real(Path(arguments[1]), work / "kv")
+    )
+    print("\n" + json.dumps(run()))
+
+
+if __name__ == "__main__":
+    os.environ.update(ENVIRONMENT)
+    main(sys.argv[1:])
