@@ -263,6 +263,11 @@ class Transfer:
         """Whether `result()` is there: everything arrived, failed, or ran out of time."""
         return self._event is None or (self.located and self._pending == 0) or monotonic() >= self._deadline
 
+    @property
+    def sources(self) -> list[str]:
+        """Name of the tier each expected chunk comes from, valid once `located`."""
+        return self._sources[: self.count]
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until done (at most the tiers' deadline), or for `timeout` seconds; return `done`."""
         end = monotonic() + (3600.0 if timeout is None else timeout)

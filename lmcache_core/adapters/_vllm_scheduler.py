@@ -93,7 +93,9 @@ class _State:
     failed: bool = False
     """A load of this request failed; it is not tried again."""
     sources: list[str] = field(default_factory=list)
-    """Tier of each token block of the last load, for the engine's statistics."""
+    """Tier of each block of the last load, for the engine's statistics."""
+    missed: int = -1
+    """Chunks stored by the pipeline in all when this request was last found to have no hit."""
 
     def keys(self, count: int) -> list[ChunkKey]:
         """Keys of the first `count` chunks; hashes only tokens that were not hashed before."""
@@ -183,6 +185,8 @@ class Scheduler:
             self._drop(state)
             fetch = None
         if fetch is None:
+            if state.missed == self.pipeline.counts["stored"]:
+                return 0, False  # asked again (no room in the engine), and nothing was stored since
             if self._held() >= MAX_HELD:
                 return None, False
             keys = state.keys(last)[first:]
@@ -195,6 +199,7 @@ class Scheduler:
         tokens = min((fetch.first + have) * self._chunk, end) - computed
         if tokens <= 0:
             self._drop(state)
+            state.missed = self.pipeline.counts["stored"]
             return 0, False
         if self._attach is not None:
             # The worker maps the arena in the next (perhaps empty) step; only then can a load be promised.
@@ -238,7 +243,7 @@ class Scheduler:
 
     # -- one step --------------------------------------------------------------------------------------------
     def plan(self, scheduled: Mapping[str, int], table: Callable[[str], list[int] | None]) -> StepPlan:
-        """The worker's work for a step that computes `scheduled` tokens per request; `table` gives a request's blocks."""
+        """The worker's part of a step that computes `scheduled` tokens per request; `table` gives its blocks."""
         self._step += 1
         if not scheduled:
             self._wait_idle()
@@ -380,11 +385,11 @@ class Scheduler:
         return failed
 
     def _sources_of(self, load: _Load) -> list[str]:
-        lease = load.fetch.lease
-        if lease is None:
-            return []
-        at = load.fetch.first
-        return [lease.sources[block // self._blocks - at] for block in range(load.start, load.stop)]
+        fetch = load.fetch
+        tiers = fetch.transfer.sources if fetch.lease is None else fetch.lease.sources
+        chunks = [block // self._blocks - fetch.first for block in range(load.start, load.stop)]
+        # A read may have failed since it was promised; then nobody knows where its tokens came from.
+        return [tiers[chunk] for chunk in chunks] if chunks and chunks[-1] < len(tiers) else []
 
     def _saves(
         self, scheduled: Mapping[str, int], table: Callable[[str], list[int] | None], step: _Step

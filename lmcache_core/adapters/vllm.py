@@ -206,10 +206,10 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
                 self._kv_transfer_config.kv_load_failure_policy,
             )
         slots = pipeline.slots
-        storage = [
-            f"{tier.name} {'unlimited' if tier.capacity is None else format_bytes(tier.capacity)} (write {tier.write_mode})"
-            for tier in pipeline.tiers
-        ]
+        tiers = [f"{pipeline.memory_name} {slots.count} chunks, {slots.count * chunk} tokens"]
+        for tier in pipeline.tiers:
+            room = "no limit" if tier.capacity is None else format_bytes(tier.capacity)
+            tiers.append(f"{tier.name} {room} (write {tier.write_mode})")
         logger.info(
             "lmcache-core: caching KV of %s (weights %.12s, %s) in chunks of %d tokens, %s each: %s",
             base.model,
@@ -217,7 +217,7 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
             layout.packing,
             chunk,
             format_bytes(layout.chunk_bytes),
-            "; ".join([f"{pipeline.memory_name} {slots.count} chunks, {slots.count * chunk} tokens", *storage]),
+            "; ".join(tiers),
         )
         return scheduler
 

@@ -54,9 +54,11 @@ class Effort:
     cold_builds: int = 4
     disk_batch: int = 512 << 20
     """Bytes of one put to disk, from commit to written, and of one get."""
-    disk_rounds: int = 15
-    disk_seconds: float = 90.0
-    """Rounds on disk end after this long, but not before three."""
+    disk_turn: float = 2.0
+    """Seconds of one turn of each arm on disk."""
+    disk_finalists: int = 2
+    """Controls of each direction that run in every round, after one look at all of them."""
+    disk_rounds: int = 9
     small_rounds: int = 100
     """Rounds of the lookups, hashes and control-plane batches."""
 
@@ -66,7 +68,9 @@ def effort(quick: bool) -> Effort:
     span = max(_ENOUGH_CACHE, 2 * last_level_cache())
     span = min(span, _MOST_SPAN, machine.memory_available() // _MEMORY_SHARE)
     if quick:
-        return Effort(span, copy_rounds=24, cold_builds=2, disk_rounds=6, disk_seconds=14.0, small_rounds=40)
+        return Effort(
+            span, copy_rounds=24, cold_builds=2, disk_turn=0.8, disk_finalists=1, disk_rounds=5, small_rounds=40
+        )
     return Effort(span)
 
 
@@ -80,14 +84,11 @@ def last_level_cache() -> int:
     return max(sizes)
 
 
-def interleave(arms: Mapping[str, Arm], rounds: int, seconds: float = 3600.0, least: int = 3) -> dict[str, list[float]]:
+def interleave(arms: Mapping[str, Arm], rounds: int) -> dict[str, list[float]]:
     """Run every arm once per round, in rotating order; return each arm's rates in bytes per second, by round."""
     names = list(arms)
     rates: dict[str, list[float]] = {name: [] for name in names}
-    end = perf_counter() + seconds
     for number in range(rounds):
-        if number >= least and perf_counter() >= end:
-            break
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             rates[name].append(arms[name](number))

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -26,8 +27,6 @@ from lmcache_core.units import format_bytes
 
 Direction = Literal["write", "read"]
 
-_FINALISTS = 2
-"""Controls of each direction that are measured again in every round, after one look at all of them."""
 _PATIENCE = 600.0
 """Seconds for one batch; a benchmark waits for a slow disk."""
 _HELD = 3
@@ -42,7 +41,7 @@ class Fio:
     directory: Path
     block: int
     nbytes: int
-    """Bytes of one run, all jobs together."""
+    """Bytes of all jobs' files together."""
     engine: str
     depth: int
     jobs: int
@@ -52,8 +51,11 @@ class Fio:
         """What is shown."""
         return f"fio {self.engine} iodepth={self.depth} numjobs={self.jobs}"
 
-    def rate(self, direction: Direction) -> float:
-        """Bytes per second of one run. Raise `LMCacheError` when fio cannot run like this here."""
+    def rate(self, direction: Direction, seconds: float) -> float:
+        """Bytes per second of a run of `seconds`. Raise `LMCacheError` when fio cannot run like this here.
+
+        Runs well below a second flatter deep queues: what is in flight when the clock starts counts in full.
+        """
         each = max(1, self.nbytes // self.jobs // self.block) * self.block
         command = [
             self.program,
@@ -64,6 +66,8 @@ class Fio:
             *(["--rw=write"] if direction == "write" else ["--rw=rw", "--rwmixread=100"]),
             f"--bs={self.block}",
             f"--size={each}",
+            "--time_based",
+            f"--runtime={round(seconds * 1000)}ms",
             f"--ioengine={self.engine}",
             f"--iodepth={self.depth}",
             f"--numjobs={self.jobs}",
@@ -101,8 +105,8 @@ class Plain:
         """What is shown."""
         return f"own pread/pwrite, {self.threads} threads"
 
-    def rate(self, direction: Direction) -> float:
-        """Bytes per second of one run, direct I/O where the file system allows it."""
+    def rate(self, direction: Direction, seconds: float) -> float:
+        """Bytes per second over whole passes for `seconds` or more, direct I/O where the file system allows it."""
         block = round_up(self.arena.chunk_bytes)
         count = max(self.threads, min(self.nbytes // block, self.arena.chunks))
         move = _native.pwrite_batch if direction == "write" else _native.pread_batch
@@ -116,14 +120,16 @@ class Plain:
 
             with ThreadPoolExecutor(self.threads) as pool:
                 list(pool.map(len, parts))  # start the threads before the clock
+                passes = 0
                 begun = perf_counter()
-                moved = sum(pool.map(run, parts))
-                seconds = perf_counter() - begun
+                while (spent := perf_counter() - begun) < seconds or not passes:
+                    moved = sum(pool.map(run, parts))
+                    passes += 1
+                    if moved != count * block:
+                        raise LMCacheError(f"{self.name}: {direction} moved {moved} of {count * block} bytes")
         finally:
             os.close(fd)
-        if moved != count * block:
-            raise LMCacheError(f"{self.name}: {direction} moved {moved} of {count * block} bytes")
-        return moved / seconds
+        return passes * count * block / spent
 
 
 def _open_direct(path: Path) -> int:
@@ -153,7 +159,6 @@ class DiskTier:
 
     def __init__(self, layout: KVLayout, directory: Path, size: int, source: Arena) -> None:
         self._size = size
-        self._nbytes = size * layout.chunk_bytes
         self._source = source
         self._lengths = np.full(size, layout.chunk_bytes, dtype=np.int64)
         stored = round_up(object_bytes(layout.chunk_bytes))
@@ -169,7 +174,7 @@ class DiskTier:
         self._idle: deque[tuple[list[ChunkKey], int]] = deque()
 
     def put(self, number: int) -> float:
-        """From commit until everything is sealed, written and in the journal; bytes per second."""
+        """Seconds from commit until a batch is sealed, written and in the journal."""
         keys = fresh_keys(self._size)
         with self._pipeline.reserve(keys) as room:
             _native.copy_batch(
@@ -184,10 +189,10 @@ class DiskTier:
         self._idle.append((keys, number))
         if len(self._idle) > _HELD - 1:
             self._idle.popleft()
-        return self._nbytes / seconds
+        return seconds
 
     def get(self, number: int) -> float:
-        """From fetch until every chunk is in memory and verified; bytes per second."""
+        """Seconds from fetch until a batch is in memory and verified; `number` is the round's and unused."""
         keys, stored = self._idle.popleft()
         self._idle.append((keys, stored))
         self._pipeline.clear("dram")
@@ -196,11 +201,13 @@ class DiskTier:
         seconds = perf_counter() - begun
         with lease:
             if lease.sources != ["disk"] * self._size:
-                raise LMCacheError(f"{lease.sources.count('disk')} of {self._size} chunks came from disk ({lease.reason})")
+                raise LMCacheError(
+                    f"{lease.sources.count('disk')} of {self._size} chunks came from disk ({lease.reason})"
+                )
             last = int(self._source.pieces(stored, self._size)[-1])
             if lease.view(self._size - 1) != self._source.piece(last).data:
                 raise LMCacheError("bytes read differ from the bytes written")
-        return self._nbytes / seconds
+        return seconds
 
     def close(self) -> None:
         """Close the pipeline; the directory stays."""
@@ -237,15 +244,30 @@ def measure_disk(layout: KVLayout, directory: Path, effort: Effort) -> DiskResul
     source = Arena(layout.chunk_bytes, size * stored)
     source.fill()
     ways, baseline = controls(directory, source, size * layout.chunk_bytes)
-    chosen, looked_at = _finalists(ways)
+    chosen, looked_at = _finalists(ways, effort)
     tier = DiskTier(layout, directory / "tier", size, source)
     for number in range(_HELD + 1):
         tier.put(number)  # until every segment has been written once, as fio's files have
-    arms: dict[str, Arm] = {"put": tier.put, "get": tier.get}
+
+    def turn(batch: Callable[[int], float]) -> Arm:
+        """As many batches as take as long as a turn of fio, their pauses not counted."""
+
+        def run(number: int) -> float:
+            seconds, done = 0.0, 0
+            while seconds < effort.disk_turn:
+                seconds += batch(number + done)
+                done += 1
+            return done * size * layout.chunk_bytes / seconds
+
+        return run
+
+    def control(way: Control, direction: Direction) -> Arm:
+        return lambda _: way.rate(direction, effort.disk_turn)
+
+    arms = {"put": turn(tier.put), "get": turn(tier.get)}
     for direction, ways in chosen.items():
-        for way in ways:
-            arms[f"{direction} {way.name}"] = lambda _, way=way, direction=direction: way.rate(direction)  # type: ignore[misc]
-    rates = interleave(arms, effort.disk_rounds, effort.disk_seconds)
+        arms |= {f"{direction} {way.name}": control(way, direction) for way in ways}
+    rates = interleave(arms, effort.disk_rounds)
     tier.close()
     ratios = {
         subject: Ratio.of(rates, subject, [name for name in rates if name.startswith(f"{direction} ")])
@@ -254,15 +276,17 @@ def measure_disk(layout: KVLayout, directory: Path, effort: Effort) -> DiskResul
     return DiskResult(ratios["put"], ratios["get"], baseline, looked_at, _is_direct(directory))
 
 
-def _finalists(ways: list[Control]) -> tuple[dict[Direction, list[Control]], dict[str, dict[str, float]]]:
+def _finalists(
+    ways: list[Control], effort: Effort
+) -> tuple[dict[Direction, list[Control]], dict[str, dict[str, float]]]:
     """Run every control once per direction; keep the fastest."""
     chosen: dict[Direction, list[Control]] = {}
     seen: dict[str, dict[str, float]] = {}
     working = _that_run(ways)
     directions: tuple[Direction, ...] = ("write", "read")
     for direction in directions:
-        rates = {way.name: way.rate(direction) for way in working}
-        chosen[direction] = sorted(working, key=lambda way: -rates[way.name])[:_FINALISTS]
+        rates = {way.name: way.rate(direction, effort.disk_turn / 2) for way in working}
+        chosen[direction] = sorted(working, key=lambda way: -rates[way.name])[: effort.disk_finalists]
         seen[direction] = {name: round(rate / 1e9, 3) for name, rate in rates.items()}
     return chosen, seen
 
@@ -273,7 +297,7 @@ def _that_run(ways: list[Control]) -> list[Control]:
     failures: list[str] = []
     for way in ways:
         try:
-            way.rate("write")
+            way.rate("write", 0.05)
         except LMCacheError as error:
             failures.append(str(error))
         else:

@@ -29,7 +29,9 @@ _CHUNKS = 4
 _PART_MEMORY = 1 << 30
 """Memory for trying one storage tier alone, in bytes."""
 _PATIENCE = 4
-"""How many deadlines of its lane a tier gets for the whole round trip."""
+"""How many deadlines of its lane a tier gets for the whole round trip, """
+_PATIENCE_S = 10.0
+"""and at least so many seconds."""
 
 
 @dataclass(slots=True)
@@ -153,7 +155,7 @@ def _try_memory(tier: TierConfig, pipeline: Pipeline) -> Row:
 
 
 def _try(tier: TierConfig, storage: StorageTier, pipeline: Pipeline) -> Row:
-    limit = max(10.0, _PATIENCE * tier.lane.deadline)
+    limit = max(_PATIENCE_S, _PATIENCE * tier.lane.deadline)
     answer: queue.SimpleQueue[Row] = queue.SimpleQueue()
 
     def attempt() -> None:

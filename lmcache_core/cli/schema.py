@@ -58,7 +58,7 @@ def schema() -> dict[str, Any]:
     for base, some in models.items():
         definitions[base] = _choice([references[model, "validation"] for model in some], some)
     top = definitions.pop("PipelineConfig")
-    return {"$schema": DIALECT, "title": "lmcache-core configuration", **top, "$defs": definitions}
+    return {"$schema": DIALECT, **top, "title": "lmcache-core configuration", "$defs": definitions}
 
 
 def _choice(references: list[JsonSchemaValue], models: list[type[BaseModel]]) -> dict[str, Any]:

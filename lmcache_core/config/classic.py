@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from lmcache_core.config.draft import OVERLAY, Draft, Origin
-from lmcache_core.config.findings import Code
+from lmcache_core.config.findings import Code, shorten
 from lmcache_core.config.secrets import HIDDEN, telling
 from lmcache_core.errors import Problem
 from lmcache_core.spelling import closest
@@ -133,10 +133,14 @@ class _Translation:
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
         self._given = dict(draft.data)
-        self._sources = {
-            key: Origin((origin := draft.origin((key,))).where, origin.label, path=key) for key in self._given
-        }
+        self._sources = {key: self._source(key) for key in self._given}
         self._top = draft.origin(())
+
+    def _source(self, key: str) -> Origin:
+        origin, shown = self._draft.origin((key,)), shorten(self._given[key])
+        if telling(key) or (key == "remote_url" and "@" in shown):
+            shown = HIDDEN
+        return Origin(origin.where, origin.label, path=key, value=shown)
 
     def run(self) -> None:
         draft = self._draft
@@ -248,11 +252,8 @@ class _Translation:
         self._problem(code, key, what, "the tier would not be what the key asks for", fix)
 
     def _problem(self, code: Code, key: str, what: str, why: str, fix: str) -> None:
-        value = self._given[key]
-        shown = str(value) if isinstance(value, (str, int, float)) else type(value).__name__
-        if telling(key) or (key == "remote_url" and "@" in shown):
-            shown = HIDDEN
-        self._draft.problems.append(Problem(self._sources[key].where, key, what, why, fix, value=shown, code=code))
+        source = self._sources[key]
+        self._draft.problems.append(Problem(source.where, key, what, why, fix, value=source.value, code=code))
 
 
 def _parse_gib(value: Any) -> int:

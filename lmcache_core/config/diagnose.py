@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from lmcache_core.config import secrets
 from lmcache_core.config.draft import Draft
-from lmcache_core.config.findings import Code, Loc, dotted
+from lmcache_core.config.findings import Code, Loc, dotted, shorten
 from lmcache_core.errors import PluginError, Problem
 from lmcache_core.plugins import Plugins
 from lmcache_core.protocols import BackendConfig, EvictionConfig, SerdeConfig
@@ -153,7 +153,7 @@ class Diagnosis:
             return self._choice(loc)
         what, fix = self._wording(error)
         field = self._field(loc)
-        if not fix and field is not None and field.description:
+        if not fix and field is not None and field.description and not self._draft.origin(loc).path:
             fix = f"`{loc[-1]}` is: " + " ".join(field.description.split())
         return self._problem(Code.VALUE, loc, what, "", fix)
 
@@ -205,7 +205,7 @@ class Diagnosis:
             what=self.clean(what),
             why=self.clean(why),
             fix=self.clean(fix),
-            value=self.show(loc),
+            value=self.clean(origin.value) or self.show(loc),
             code=code,
         )
 
@@ -273,25 +273,6 @@ class Diagnosis:
                 yield from self._typed_secrets(item, (*loc, key))
         elif isinstance(value, (str, int, float)) and loc and self._is_secret(loc):
             yield value
-
-
-def shorten(value: Any) -> str:
-    """A value on one short line, as it would be written; containers only by their kind."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Mapping):
-        return "{...}" if value else "{}"
-    if isinstance(value, (list, tuple)):
-        return "[...]" if value else "[]"
-    if isinstance(value, str):
-        text = value if value.isprintable() and value.strip() == value and value else repr(value)
-    elif isinstance(value, (int, float)):
-        text = repr(value)
-    else:
-        text = type(value).__name__
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _parts(annotation: Any) -> Iterable[Any]:

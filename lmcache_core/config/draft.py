@@ -26,6 +26,8 @@ class Origin:
     """For provenance: `file:line`, `env:NAME`, `python`, `default`."""
     path: str = ""
     """What the setting is called there, when that is not its own path."""
+    value: str = ""
+    """What was written there, for messages, when that is not the value itself."""
 
 
 DEFAULT = Origin("built-in default", "default")

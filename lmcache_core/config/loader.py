@@ -162,10 +162,9 @@ def _provenance(draft: Draft, config: PipelineConfig) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def walk(value: Any, loc: Loc, given: bool) -> None:
-        given = given and _given(draft, loc)
         if isinstance(value, BaseModel):
             for key in type(value).model_fields:
-                walk(getattr(value, key), (*loc, key), given)
+                walk(getattr(value, key), (*loc, key), given and key in value.model_fields_set)
         elif isinstance(value, (list, tuple)) and value:
             for i, item in enumerate(value):
                 walk(item, (*loc, i), given)
@@ -174,22 +173,6 @@ def _provenance(draft: Draft, config: PipelineConfig) -> dict[str, str]:
 
     walk(config, (), True)
     return found
-
-
-def _given(draft: Draft, loc: Loc) -> bool:
-    """Whether the setting was written, by itself or inside a model instance given whole."""
-    try:
-        draft.value(loc)
-    except KeyError:
-        for end in range(len(loc)):
-            try:
-                node = draft.value(loc[:end])
-            except KeyError:
-                return False
-            if isinstance(node, BaseModel):
-                return loc[end] in node.model_fields_set
-        return False
-    return True
 
 
 _PLACE = re.compile(r":(\d+):(\d+)$")

@@ -66,7 +66,7 @@ def _count(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_count), Field(ge=1)]
+_WHOLE = BeforeValidator(_count)
 Backend = Annotated[SerializeAsAny[BackendConfig], _by_type(BackendConfig, Plugins.backend)]
 SerdeField = Annotated[SerializeAsAny[SerdeConfig], _by_type(SerdeConfig, Plugins.serde)]
 Eviction = Annotated[SerializeAsAny[EvictionConfig], _by_type(EvictionConfig, Plugins.eviction)]
@@ -102,9 +102,9 @@ Capacity = Annotated[
 class LaneConfig(Frozen):
     """Threads and bounded queues of one storage tier."""
 
-    threads: Annotated[Count, Field(le=256)] = 2
+    threads: Annotated[int, Field(ge=1, le=256), _WHOLE] = 2
     """Threads that call the backend; each blocks in one batch at a time."""
-    queue: Annotated[Count, Field(le=65536)] = 64
+    queue: Annotated[int, Field(ge=1, le=65536), _WHOLE] = 64
     """Batches that may wait. A full queue drops new work and counts it; the engine never waits."""
     inflight: Annotated[ByteSize, Field(gt=0)] = 256 << 20
     """Bytes of queued and running batches together."""
@@ -169,7 +169,7 @@ class TierConfig(Frozen):
 class PipelineConfig(Frozen):
     """A whole cache: its tiers, nearest the engine first."""
 
-    chunk_tokens: Annotated[Count, Field(le=65536)] = 256
+    chunk_tokens: Annotated[int, Field(ge=1, le=65536), _WHOLE] = 256
     """Tokens of one chunk, the unit of caching; a multiple of the engine's block."""
     verify: Literal["load", "serve"] = "load"
     """Verify checksums when a chunk enters memory (`load`), or again whenever it is served (`serve`)."""

@@ -208,7 +208,7 @@ def _scalar(text: str) -> Any:
         return int(text)
     if _BASED.fullmatch(text):
         return int(text, 0)
-    if _FLOAT.fullmatch(text):
+    if _FLOAT.fullmatch(text) and not text.lstrip("+-").isdigit():
         return float(text)
     return text
 
@@ -262,29 +262,28 @@ class _Toml:
             if text.startswith("[[", self._at):
                 self._at += 2
                 start = self._at
-                name = self._resolve(self._key())
+                name = self._resolve(self._key(), start)
                 index = self._tables.get(name, 0)
                 self._tables[name] = index + 1
                 table = (*name, index)
-                self._note(name, start)
                 self._note(table, start)
                 self._at += 2
             elif text[self._at] == "[":
                 self._at += 1
                 start = self._at
-                table = self._resolve(self._key())
-                self._note(table, start)
+                table = self._resolve(self._key(), start)
                 self._at += 1
             else:
                 self._pair(table)
             self._skip(self._SKIP)
         return self._places
 
-    def _resolve(self, keys: tuple[str, ...]) -> Loc:
+    def _resolve(self, keys: tuple[str, ...], start: int) -> Loc:
         """A header's dotted name; the name of an array of tables means its last table."""
         loc: Loc = ()
         for i, key in enumerate(keys):
             loc = (*loc, key)
+            self._note(loc, start)
             if loc in self._tables and i < len(keys) - 1:
                 loc = (*loc, self._tables[loc] - 1)
         return loc

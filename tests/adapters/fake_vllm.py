@@ -214,7 +214,7 @@ class FakeEngine:
         if pipeline is not None:
             self.connector = Scheduler(
                 pipeline,
-                admit,  # type: ignore[arg-type]
+                admit,
                 asynchronous=asynchronous,
                 overlap=overlap,
                 save_decode=save_decode,

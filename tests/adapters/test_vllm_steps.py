@@ -18,13 +18,13 @@ from lmcache_core.types import MissReason
 _ids = itertools.count()
 
 
-def tokens(count: int, seed: int = 0) -> list[int]:
+def tokens(count: int, seed: float = 0) -> list[int]:
     return random.Random(seed).choices(range(90), k=count)
 
 
 def ask(engine: FakeEngine, prompt: list[int], max_new: int = 3, **more: object) -> FakeRequest:
     """Run one request to its end and compare its answer with an engine that has no cache."""
-    request = engine.add(FakeRequest(f"r{next(_ids)}", prompt, max_new, **more))  # type: ignore[arg-type]
+    request = engine.add(FakeRequest(f"r{next(_ids)}", prompt, max_new, **more))
     engine.run()
     assert request.output == answer(prompt, max_new, request.salt)
     return request
@@ -125,17 +125,34 @@ def test_match_is_idempotent() -> None:
     connector = engine.connector
     assert connector is not None
     request = FakeRequest("again", prompt, 1)
-    first = connector.match(request, 0)  # type: ignore[arg-type]
+    first = connector.match(request, 0)
     pinned = pipeline.stats()["tiers"]["dram"]["pinned"]
     assert first == (48, False)
     for _ in range(5):
-        assert connector.match(request, 0) == first  # type: ignore[arg-type]
+        assert connector.match(request, 0) == first
     assert pipeline.stats()["tiers"]["dram"]["pinned"] == pinned == 3
     # The engine's own cache may grow or shrink between two questions.
-    assert connector.match(request, CHUNK + BLOCK) == (48 - CHUNK - BLOCK, False)  # type: ignore[arg-type]
-    assert connector.match(request, 0) == first  # type: ignore[arg-type]
-    assert connector.match(request, 48) == (0, False)  # type: ignore[arg-type]
+    assert connector.match(request, CHUNK + BLOCK) == (48 - CHUNK - BLOCK, False)
+    assert connector.match(request, 0) == first
+    assert connector.match(request, 48) == (0, False)
     connector.finished("again")
+    settled(pipeline)
+
+
+def test_a_miss_is_counted_once_until_something_is_stored() -> None:
+    pipeline = make_pipeline(32)
+    engine = FakeEngine(pipeline)
+    ask(engine, tokens(3))
+    connector = engine.connector
+    assert connector is not None
+    prompt = tokens(60)
+    request = FakeRequest("waiting", prompt, 1)
+    for _ in range(4):
+        assert connector.match(request, 0) == (0, False)
+    assert pipeline.stats()["misses"] == {MissReason.NOT_STORED: 3}
+    ask(engine, prompt)
+    assert connector.match(request, 0) == (48, False)
+    connector.finished("waiting")
     settled(pipeline)
 
 
@@ -147,16 +164,17 @@ def test_a_hit_the_engine_does_not_use_is_let_go() -> None:
     connector = engine.connector
     assert connector is not None
     request = FakeRequest("unused", prompt, 1)
-    assert connector.match(request, 0) == (48, False)  # type: ignore[arg-type]
-    connector.allocated("unused", lambda: [], 0)
+    assert connector.match(request, 0) == (48, False)
+    connector.allocated("unused", list, 0)
     settled(pipeline)
     connector.finished("unused")
 
 
-def test_sources_name_the_tiers() -> None:
+@pytest.mark.parametrize("mode", [{}, {"overlap": True}, {"asynchronous": True}])
+def test_sources_name_the_tiers(mode: dict[str, bool]) -> None:
     storage = DictStorage()
     pipeline = make_pipeline(32, storage)
-    engine = FakeEngine(pipeline)
+    engine = FakeEngine(pipeline, **mode)
     prompt = tokens(64)
     ask(engine, prompt)
     settled(pipeline)
@@ -265,7 +283,7 @@ def test_abort_at_every_step_of_a_load(mode: dict[str, bool], after: int, monkey
     for step in range(after):
         if step == 3:
             storage.gate.set()
-            for state in list(engine.connector._states.values()):  # type: ignore[union-attr]
+            for state in list(engine.connector._states.values()):
                 if state.fetch is not None:
                     assert state.fetch.transfer.wait(20)
         engine.step()
@@ -351,10 +369,10 @@ def test_saves_of_a_step_that_was_not_reported_are_not_published() -> None:
     request = engine.add(FakeRequest("lost", tokens(3 * CHUNK), 1))
     reports: list[StepReport] = []
     done = connector.done
-    connector.done = reports.append  # type: ignore[method-assign]
+    connector.done = reports.append
     engine.run()
     assert request.done
-    connector.done = done  # type: ignore[method-assign]
+    connector.done = done
     assert pipeline.stats()["stored"] == 0
     done(reports[-1])
     assert pipeline.stats()["stored"] == 1
@@ -366,11 +384,31 @@ def test_null_blocks_are_never_saved() -> None:
     connector = FakeEngine(pipeline).connector
     assert connector is not None
     request = FakeRequest("window", tokens(2 * CHUNK), 1)
-    assert connector.match(request, 0) == (0, False)  # type: ignore[arg-type]
+    assert connector.match(request, 0) == (0, False)
     plan = connector.plan({"window": 2 * CHUNK}, lambda _: [1, 2, 0, 3, 4, 5, 6, 7])
     assert plan.saves is None
     assert connector.counts["null_blocks"] == 1
     connector.finished("window")
+    settled(pipeline)
+
+
+def test_a_chunk_that_is_read_while_it_is_saved_is_kept_once() -> None:
+    storage = DictStorage()
+    prompt = tokens(50)
+    ask(FakeEngine(make_pipeline(32, storage)), prompt)
+    pipeline = make_pipeline(8, storage)
+    engine = FakeEngine(pipeline, budget=64, lag=1)
+    ask(engine, tokens(3))
+    storage.gate.clear()
+    saver = engine.add(FakeRequest("saver", prompt, 2, read=False))
+    engine.step()  # its chunks are reserved, and not yet published
+    reader = engine.add(FakeRequest("reader", prompt, 2))
+    engine.step()
+    engine.step()
+    assert pipeline.stats()["stored"] == 3
+    storage.gate.set()
+    engine.run()
+    assert saver.output == reader.output == answer(prompt, 2)
     settled(pipeline)
 
 
@@ -423,7 +461,7 @@ def test_wire_survives_pickling() -> None:
     connector = engine.connector
     assert connector is not None
     request = FakeRequest("wire", tokens(40), 1)
-    connector.match(request, 0)  # type: ignore[arg-type]
+    connector.match(request, 0)
     plan = connector.plan({"wire": 40}, lambda _: list(range(1, 11)))
     copy = pickle.loads(pickle.dumps(plan))
     assert copy.attach == plan.attach
@@ -456,13 +494,13 @@ def _chaos(seed: int, mode: dict[str, bool]) -> None:
             **mode,
         )
     ]
-    roots = [tokens(70, rng.random()) for _ in range(3)]  # type: ignore[arg-type]
+    roots = [tokens(70, rng.random()) for _ in range(3)]
     for _ in range(2):  # two lifetimes over one storage
         pipeline = make_pipeline(rng.choice([3, 8, 30]), storage)
         engine = engines[0](pipeline)
         live: list[FakeRequest] = []
         for i in range(25):
-            prompt = rng.choice(roots)[: rng.randrange(1, 71)] + tokens(rng.randrange(12), rng.random())  # type: ignore[arg-type]
+            prompt = rng.choice(roots)[: rng.randrange(1, 71)] + tokens(rng.randrange(12), rng.random())
             live.append(
                 engine.add(FakeRequest(f"{i}", prompt, rng.randrange(1, 12), salt=rng.choice([None, None, "t"])))
             )

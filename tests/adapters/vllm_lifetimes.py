@@ -90,7 +90,9 @@ class Engine:
         return [
             {
                 "tokens": list(output.token_ids),
-                "logprobs": [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)],
+                "logprobs": [
+                    step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)
+                ],
             }
             for output in outputs
         ]
@@ -102,7 +104,12 @@ class Engine:
         assert pipeline.flush(30)
         pipeline.check(idle=True)
         stats = pipeline.stats()
-        return {"counts": dict(scheduler.counts), "stored": stats["stored"], "hits": stats["hits"], "misses": stats["misses"]}
+        return {
+            "counts": dict(scheduler.counts),
+            "stored": stats["stored"],
+            "hits": stats["hits"],
+            "misses": stats["misses"],
+        }
 
 
 @contextmanager
@@ -166,7 +173,13 @@ def tiny(work: Path) -> dict[str, Any]:
     random = Random(3)
     document = random.choices(range(3, 512), k=1400)
     # A chunk boundary, one beyond it, inside a chunk, shorter than a chunk, and a shared prefix with another end.
-    prompts = [document[:1024], document[:1030], document, document[:200], document[:1100] + random.choices(range(3, 512), k=90)]
+    prompts = [
+        document[:1024],
+        document[:1030],
+        document,
+        document[:200],
+        document[:1100] + random.choices(range(3, 512), k=90),
+    ]
     found: dict[str, Any] = {}
     with engine(model, disk, cache=False) as e:
         found["baseline"] = e.ask(prompts)

@@ -11,6 +11,7 @@ what was deleted is not, and nothing is corrupt. After a power cut anything may 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import mmap
 import os
@@ -20,7 +21,6 @@ import select
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -48,10 +48,12 @@ _PUT, _DELETE = 1, 2
 _FAILED, _SURVIVED = 3, 4
 
 
-def killpoints() -> list[str]:
-    """Every named point of the backend, from its sources."""
-    sources = Path(killpoint.__file__).parent.glob("*.py")
-    return sorted({name for p in sources for name in re.findall(r'killpoint\("([a-z_.]+)"\)', p.read_text())})
+def killpoints(mode: str) -> list[str]:
+    """Every named point of that mode, from the sources."""
+    home = Path(killpoint.__file__).parent
+    sources = ["files.py"] if mode == "files" else ["segments.py", "journal.py"]
+    names = {name for f in sources for name in re.findall(r'killpoint\("([a-z_.]+)"\)', (home / f).read_text())}
+    return sorted(names)
 
 
 class Expected:
@@ -181,7 +183,7 @@ class Worker:
         self.expected.verified = True
 
     def look(self, key: int) -> tuple[int, str]:
-        """The version a key holds, 0 for none, and what is wrong with it; what is wrong is deleted, as the core does."""
+        """The version a key holds, 0 for none, and what is wrong with it; then it is deleted, as the core does."""
         buffer = self.buffers[:SLOT]
         got = self.backend.get_into([key_of(key)], [buffer])[0]
         try:
@@ -299,7 +301,7 @@ class Crashes:
         self._lossy = dict.fromkeys(MODES, False)
         self._rumours = dict.fromkeys(MODES, False)
 
-    def cycle(self, mode: str, point: str = "", *, longest_s: float = 0.02) -> bool:
+    def cycle(self, mode: str, point: str = "") -> bool:
         """One life and death. With `point` the child dies there; False when it was never reached in that time."""
         rng = self.rng
         options = self.options = Options.draw(rng, mode)
@@ -319,35 +321,44 @@ class Crashes:
         seed = rng.getrandbits(32)
         expected.verified = False
 
-        def live() -> None:
+        def live(ready: int) -> None:
             worker = Worker(path, expected, options, seed)
             worker.verify(lossy=lossy, torn_is_fine=rumours)
+            os.write(ready, b"r")
             killpoint.arm(f"{point}:{1 + seed % 3}" if point else "")
             worker.run()
 
-        by_itself = self._fork(live, expected, rng.uniform(0, longest_s) if not point else 1.0)
+        # One in four dies during recovery, the others at work.
+        early = not point and rng.random() < 0.25
+        by_itself = self._fork(live, rng.uniform(0, 0.02) if not point else 0.3, from_birth=early)
+        self.counts["cycles"] += 1
+        self.counts[point or "anywhere"] += by_itself or not point
         if expected.verified:
+            self.counts["verified"] += KEYS
             self._lossy[mode] = self._rumours[mode] = False
             self._journal[mode] = options.journal_bytes()
-        self.counts["cycles"] += 1
-        self.counts["verified"] += KEYS
-        self.counts[point or "anywhere"] += by_itself or not point
         return by_itself
 
-    def _fork(self, live: Callable[[], None], expected: Expected, seconds: float) -> bool:
-        """Run `live` in a child for that long after it is born, then kill it. Whether it had died by then."""
+    def _fork(self, live: Callable[[int], None], seconds: float, *, from_birth: bool) -> bool:
+        """Run `live` in a child, and kill it so long after it is born, or else ready. Whether it had died by then."""
+        assert self.options is not None
+        expected = self.expected[self.options.mode]
+        ready, tell = os.pipe()
         child = os.fork()
         if child == 0:
             code = _SURVIVED
             try:
-                live()
+                live(tell)
             except BaseException:
                 expected.report(traceback.format_exc())
                 code = _FAILED
             finally:
                 os._exit(code)
-        with _pidfd(child) as fd:
-            died = bool(select.select([fd], [], [], seconds)[0])
+        os.close(tell)
+        with _closing(os.pidfd_open(child)) as life, _closing(ready):
+            if not from_birth:
+                select.select([life, ready], [], [], 60)
+            died = bool(select.select([life], [], [], seconds)[0])
             if not died:
                 os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
@@ -357,8 +368,7 @@ class Crashes:
 
 
 @contextlib.contextmanager
-def _pidfd(child: int) -> Iterator[int]:
-    fd = os.pidfd_open(child)
+def _closing(fd: int) -> Iterator[int]:
     try:
         yield fd
     finally:
@@ -371,36 +381,37 @@ class Cuts:
     def __init__(self, disk: Disk, seed: int) -> None:
         self.disk = disk
         self.rng = random.Random(seed)
-        self.expected = Expected()
+        self.expected = {mode: Expected() for mode in MODES}
         self.counts: Counter[str] = Counter()
 
     def cycle(self, mode: str, run_s: float = 0.08) -> None:
         """Work for a while, lose the power, and look at what is left: through the journal, then through the headers."""
         path = self.disk.store / mode
+        expected = self.expected[mode]
         options = Options.draw(self.rng, mode)
         seed = self.rng.getrandbits(32)
         child = os.fork()
         if child == 0:
             code = _SURVIVED
             try:
-                worker = Worker(path, self.expected, options, seed)
+                worker = Worker(path, expected, options, seed)
                 for key in range(KEYS):
-                    self.expected.settle(key, worker.look(key)[0])
-                threading.Thread(target=self._noise, args=(seed,), daemon=True).start()
+                    expected.settle(key, worker.look(key)[0])
+                threading.Thread(target=self._noise, args=(path, seed), daemon=True).start()
                 worker.run()
             except BaseException:
-                self.expected.report(traceback.format_exc())
+                expected.report(traceback.format_exc())
                 code = _FAILED
             finally:
                 os._exit(code)
-        with _pidfd(child) as fd:
-            died = bool(select.select([fd], [], [], run_s * (0.5 + self.rng.random()))[0])
+        with _closing(os.pidfd_open(child)) as life:
+            died = bool(select.select([life], [], [], run_s * (0.5 + self.rng.random()))[0])
             if not died:
                 self.disk.shutdown()
                 os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         if died:
-            raise AssertionError(f"{options}:\n{self.expected.message}")
+            raise AssertionError(f"{options}:\n{expected.message}")
         self.disk.unmount()
         self.disk.mount()
         self._look(path, options, seed)
@@ -410,40 +421,41 @@ class Cuts:
         self.counts["cuts"] += 1
 
     def _look(self, path: Path, options: Options, seed: int) -> None:
-        worker = Worker(path, self.expected, options, seed)
+        worker = Worker(path, self.expected[options.mode], options, seed)
         worker.verify(lossy=True, torn_is_fine=True)
         self.counts["torn"] += worker.torn
-        self.counts["alive"] += sum(bool(v) for v in self.expected.held)
+        self.counts["alive"] += sum(bool(version) for version in worker.expected.held)
         worker.backend.close()
 
-    def _noise(self, seed: int) -> None:
-        """Commit the file system's log all the time, and write back parts of our files in no good order."""
+    def _noise(self, path: Path, seed: int) -> None:
+        """Until the power goes: commit the file system's log all the time, as a neighbour's fsync does, and write parts
+        of our files back in no good order, as the kernel may."""
         rng = random.Random(seed)
         other = os.open(self.disk.mnt / "neighbour", os.O_RDWR | os.O_CREAT)
-        while True:
-            os.pwrite(other, rng.randbytes(64), 0)
-            os.fsync(other)
-            files = [p for p in (self.disk.store / "segments").glob("*") if p.is_file()]
-            for path in rng.sample(files, min(2, len(files))):
-                with contextlib.suppress(OSError):
-                    fd = os.open(path, os.O_RDONLY)
-                    try:
-                        start = rng.randrange(max(1, os.fstat(fd).st_size)) & ~4095
-                        # Writes dirty pages of the range back, and waits for none.
-                        os.posix_fadvise(fd, start, rng.choice((4096, 16384, 0)), os.POSIX_FADV_DONTNEED)
-                    finally:
-                        os.close(fd)
-            time.sleep(0.002)
+        with contextlib.suppress(OSError):
+            while True:
+                files = [p for p in path.iterdir() if p.is_file()]
+                for file in rng.sample(files, min(4, len(files))):
+                    _write_back(file, rng)
+                os.pwrite(other, rng.randbytes(64), 0)
+                os.fsync(other)
+
+
+def _write_back(file: Path, rng: random.Random) -> None:
+    """Start writing a part of a file back; wait for nothing."""
+    with contextlib.suppress(FileNotFoundError), _closing(os.open(file, os.O_RDONLY)) as fd:
+        pages = max(1, os.fstat(fd).st_size // PAGE)
+        # For dirty pages the advice "not needed" means: write them.
+        os.posix_fadvise(fd, rng.randrange(pages) * PAGE, rng.choice((1, 3, pages)) * PAGE, os.POSIX_FADV_DONTNEED)
 
 
 def run_kills(home: Path, cycles: int, seed: int, progress: Callable[[Counter[str]], None]) -> Counter[str]:
     """So many kills: two thirds at a random time, the others at each named point in turn."""
     crashes = Crashes(home, seed)
-    points = killpoints()
+    points = {mode: itertools.cycle(killpoints(mode)) for mode in MODES}
     for i in range(cycles):
         mode = MODES[i % 2]
-        point = points[i // 3 % len(points)] if i % 3 == 2 else ""
-        crashes.cycle(mode, point)
+        crashes.cycle(mode, next(points[mode]) if i % 3 == 2 else "")
         progress(crashes.counts)
     return crashes.counts
 
