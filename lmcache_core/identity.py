@@ -6,6 +6,7 @@ of every key and is the seed of the token chain, so a difference in any single f
 
 from __future__ import annotations
 
+import functools
 import hmac
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -48,22 +49,28 @@ class Identity:
     """Tenant salt; requests with different salts never share. None and "" differ."""
 
     def with_request(self, *, lora: str | None = None, salt: str | None = None) -> Identity:
-        """The identity of one request: this one with its adapter and tenant salt."""
-        return replace(self, lora=self.lora if lora is None else lora, salt=salt)
+        """The identity of one request: this one with its adapter and tenant salt, where it has its own."""
+        return replace(self, lora=self.lora if lora is None else lora, salt=self.salt if salt is None else salt)
 
     @property
     def digest(self) -> bytes:
         """SHA-256 of the canonical encoding, 32 bytes."""
-        record: dict[str, canonical.Canonical] = {"kind": "lmcache-identity", "version": 1}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            record["." + field.name] = value.id if isinstance(value, KVLayout) else value
-        return canonical.digest(record)
+        return _digest(self)
 
     @property
     def prefix(self) -> bytes:
         """First half of every key of this identity."""
         return self.digest[:IDENTITY_BYTES]
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(identity: Identity) -> bytes:
+    """Remembered: adapters ask for it with every request."""
+    record: dict[str, canonical.Canonical] = {"kind": "lmcache-identity", "version": 1}
+    for field in fields(identity):
+        value = getattr(identity, field.name)
+        record["." + field.name] = value.id if isinstance(value, KVLayout) else value
+    return canonical.digest(record)
 
 
 def fingerprint_weights(path: Path, sample_bytes: int = 1 << 20) -> str:

@@ -10,6 +10,7 @@ A chunk holds `chunk_tokens` tokens of every layer of one KV group of one rank. 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -90,4 +91,9 @@ class KVLayout:
     @property
     def id(self) -> bytes:
         """16-byte digest of every field: stored in each object and compared on load."""
-        return canonical.digest(asdict(self))[:16]
+        return _id(self)
+
+
+@functools.lru_cache(maxsize=256)
+def _id(layout: KVLayout) -> bytes:
+    return canonical.digest(asdict(layout))[:16]

@@ -3,6 +3,8 @@
 `lookup`, `fetch`, `reserve` and what they return never wait: they touch dictionaries under one short lock and leave
 I/O to the tiers' lanes. A chunk is visible only after all its bytes are in place; what is handed out stays in place
 until it is released; whatever goes wrong in a tier turns into a miss with a reason.
+
+Locks: the pipeline's, then a tier's or a lane's; callbacks of lanes run with none held.
 """
 
 from __future__ import annotations
@@ -11,14 +13,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
 from time import monotonic
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
-
-import numpy as np
+from typing import Any, Literal
 
 from lmcache_core import seal
 from lmcache_core.errors import BackendError, Closed, CorruptChunk
+from lmcache_core.handles import Batch, Hit, Lease, Locate, Reservation, Transfer
+from lmcache_core.lanes import GiveUp, Job, finish_within
 from lmcache_core.layout import KVLayout
 from lmcache_core.plan import Move, locate, split
 from lmcache_core.protocols import MemoryBackend
@@ -26,267 +29,16 @@ from lmcache_core.slots import Slots
 from lmcache_core.tier import Outcome, StorageTier
 from lmcache_core.types import ChunkKey, MissReason, object_bytes
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-T = TypeVar("T")
+__all__ = ["Hit", "Lease", "Pipeline", "Reservation", "Transfer"]
 
 _BATCH_BYTES = 32 << 20
 """Most bytes one lane job reads or writes, so that early chunks of a long prefix are ready early."""
 
+CLEAR_S = 60.0
+"""How long `clear` waits for a medium."""
 
-class Lease:
-    """Chunks pinned in memory, a prefix of what was asked for. Use as a context manager, or `release()`."""
-
-    __slots__ = ("_pipeline", "_slots", "keys", "reason", "sources")
-
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        keys: list[ChunkKey],
-        slots: list[int],
-        sources: list[str],
-        reason: MissReason | None,
-    ) -> None:
-        self._pipeline = pipeline
-        self._slots: list[int] | None = slots
-        self.keys = keys
-        self.sources = sources
-        """Name of the tier each chunk came from."""
-        self.reason = reason
-        """Why the lease is shorter than the keys asked for; None when it is not."""
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def slots(self) -> list[int]:
-        """Slot numbers, in key order. Raise `Closed` after release."""
-        if self._slots is None:
-            raise Closed("the lease was released; its slots may hold other chunks now")
-        return self._slots
-
-    @property
-    def offsets(self) -> NDArray[np.int64]:
-        """Payload offsets in the arena, in bytes."""
-        return self._pipeline.slots.offsets(self.slots)
-
-    @property
-    def addresses(self) -> NDArray[np.int64]:
-        """Payload addresses in this process."""
-        return self.offsets + self._pipeline.slots.region.address
-
-    def view(self, i: int) -> memoryview:
-        """Raw bytes of chunk `i`; valid until release, not to be written."""
-        return self._pipeline.slots.payload(self.slots[i])
-
-    def release(self) -> None:
-        """Drop the pins. Idempotent."""
-        slots, self._slots = self._slots, None
-        if slots:
-            self._pipeline._unpin(slots)
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-
-class Reservation:
-    """Slots for chunks that are not stored yet. Fill them, then `commit()`; leaving without commit aborts."""
-
-    __slots__ = ("_epoch", "_keys", "_pipeline", "_slots", "positions")
-
-    def __init__(
-        self, pipeline: Pipeline, keys: list[ChunkKey], slots: list[int], positions: list[int], epoch: int
-    ) -> None:
-        self._pipeline = pipeline
-        self._keys = keys
-        self._slots: list[int] | None = slots
-        self._epoch = epoch
-        self.positions = positions
-        """Indexes into the keys given to `reserve` that got a slot; the others are stored already or found no room."""
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    @property
-    def slots(self) -> list[int]:
-        """Slot numbers, aligned with `positions`. Raise `Closed` after commit or abort."""
-        if self._slots is None:
-            raise Closed("the reservation was committed or aborted")
-        return self._slots
-
-    @property
-    def offsets(self) -> NDArray[np.int64]:
-        """Payload offsets in the arena, in bytes, aligned with `positions`."""
-        return self._pipeline.slots.offsets(self.slots)
-
-    @property
-    def addresses(self) -> NDArray[np.int64]:
-        """Payload addresses in this process, aligned with `positions`."""
-        return self.offsets + self._pipeline.slots.region.address
-
-    def view(self, i: int) -> memoryview:
-        """Room for the raw bytes of the chunk at `positions[i]`."""
-        return self._pipeline.slots.payload(self.slots[i])
-
-    def commit(self) -> int:
-        """Publish the filled chunks and hand them to the write tiers; the number of chunks published."""
-        slots, self._slots = self.slots, None
-        return self._pipeline._commit(self._keys, slots, self._epoch)
-
-    def abort(self) -> None:
-        """Give the slots back; nothing becomes visible. Does nothing after commit or abort."""
-        slots, self._slots = self._slots, None
-        if slots is not None:
-            self._pipeline._abort(self._keys, slots)
-
-    def __enter__(self) -> Reservation:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
-
-
-class Hit:
-    """Answer of a lookup: how much of the prefix is present, and where. Holds nothing; see `fetch` to hold it."""
-
-    __slots__ = ("_locate", "count", "pending", "reason", "sources")
-
-    def __init__(self) -> None:
-        self.count = 0
-        """Chunks present, from the first on."""
-        self.sources: list[str] = []
-        """Name of the nearest tier of each present chunk."""
-        self.reason: MissReason | None = None
-        """Why chunk `count` is missing; None when all are present."""
-        self.pending = False
-        """True while a tier that must be asked over its lane has not answered; then the rest may still grow."""
-        self._locate: _Locate | None = None
-
-    def wait(self, timeout: float) -> bool:
-        """Wait for pending tiers; False when they have not answered within `timeout` seconds."""
-        return self._locate is None or self._locate.event.wait(timeout)
-
-
-class _Locate:
-    """Presence of keys in every storage tier; some answers may come later, from lanes."""
-
-    __slots__ = ("event", "lock", "paused", "present", "silent", "then", "waiting")
-
-    def __init__(self, then: Callable[[_Locate], None]) -> None:
-        self.present: list[list[bool]] = []
-        self.paused = False
-        """Whether a tier's breaker kept it from being asked."""
-        self.silent: set[int] = set()
-        """Tiers that were asked and have not answered."""
-        self.waiting = 0
-        self.then = then
-        self.lock = threading.Lock()
-        self.event = threading.Event()
-
-    def answer(self, tier: int, present: list[bool]) -> None:
-        self.present[tier] = present
-        self.silent.discard(tier)
-        self.arrive()
-
-    def arrive(self) -> None:
-        with self.lock:
-            self.waiting -= 1
-            last = self.waiting == 0
-        if last:
-            self.then(self)
-            self.event.set()
-
-
-class _Batch:
-    """One lane job: chunks read from one tier into slots."""
-
-    __slots__ = ("deadline", "epoch", "expired", "keys", "slots", "tier", "waiters")
-
-    def __init__(self, tier: StorageTier, keys: list[ChunkKey], slots: list[int], deadline: float, epoch: int) -> None:
-        self.tier = tier
-        self.keys = keys
-        self.slots = slots
-        self.deadline = deadline
-        self.epoch = epoch
-        self.expired = False
-        self.waiters: dict[ChunkKey, list[tuple[Transfer, int]]] = {key: [] for key in keys}
-
-
-class Transfer:
-    """A prefix on its way into memory. What was in memory is pinned at once; the rest is read on the lanes."""
-
-    __slots__ = (
-        "_asked",
-        "_batches",
-        "_deadline",
-        "_event",
-        "_finished",
-        "_pending",
-        "_pipeline",
-        "_reason",
-        "_slots",
-        "_sources",
-        "count",
-        "detached",
-        "keys",
-        "located",
-    )
-
-    def __init__(self, pipeline: Pipeline, keys: list[ChunkKey]) -> None:
-        self._pipeline = pipeline
-        self.keys = keys
-        self.count = 0
-        """Chunks that can be expected, valid once `located`."""
-        self.located = True
-        """False while a remote tier has not said what it has."""
-        self.detached = False
-        self._slots: list[int] = []
-        self._sources: list[str] = []
-        self._pending = 0
-        self._asked: _Locate | None = None
-        self._batches: list[_Batch] = []
-        self._deadline = 0.0
-        self._event: threading.Event | None = None
-        self._reason: MissReason | None = None
-        self._finished = False
-
-    @property
-    def done(self) -> bool:
-        """Whether `result()` is there: everything arrived, failed, or ran out of time."""
-        return self._event is None or (self.located and self._pending == 0) or monotonic() >= self._deadline
-
-    @property
-    def sources(self) -> list[str]:
-        """Name of the tier each expected chunk comes from, valid once `located`."""
-        return self._sources[: self.count]
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until done (at most the tiers' deadline), or for `timeout` seconds; return `done`."""
-        end = monotonic() + (3600.0 if timeout is None else timeout)
-        event = self._event
-        while event is not None and not self.done:
-            left = min(end, self._deadline) - monotonic()
-            if left <= 0:
-                break
-            event.wait(left)
-        return self.done
-
-    def result(self) -> Lease:
-        """The lease on what arrived: the prefix up to the first chunk that failed. Call once; waits if not done."""
-        self.wait()
-        return self._pipeline._finish(self)
-
-    def cancel(self) -> None:
-        """Stop waiting and drop the pins. Reads under way end on their own and stay as cached chunks."""
-        self._pipeline._cancel(self)
+Written = Callable[[Sequence[int], bool], None]
+"""Called with the slots of a write that ended, and whether it must be tried again. Lock held."""
 
 
 class Pipeline:
@@ -304,23 +56,34 @@ class Pipeline:
         self._memory = memory
         self._verify_on_serve = verify == "serve"
         self._lock = threading.Lock()
-        self._loads: dict[ChunkKey, _Batch] = {}
+        self._loads: dict[ChunkKey, Batch] = {}
+        """Reads that somebody may wait for."""
+        self._overdue: dict[ChunkKey, Batch] = {}
+        """Reads that nobody waits for any longer, though the medium has not let go of them."""
+        self._reading = 0
+        """Slots that lane jobs read into, awaited or not."""
         self._filling: set[ChunkKey] = set()
         self._live_transfers = 0
         self._demoting: dict[int, int] = {}
+        """Dirty slots on their way to write-back tiers, with the number of writes under way."""
+        self._refused: set[int] = set()
+        """Those among them that a full lane refused: they stay dirty."""
         self._epoch = 0
+        self._closing = False
         self._closed = False
-        self._back = [t for t, tier in enumerate(self.tiers) if tier.write_mode == "back"]
+        self._back = [tier for tier in self.tiers if tier.write_mode == "back"]
         self._dirty_limit = max(1, slots.count // 2)
         self._batch_chunks = max(1, _BATCH_BYTES // slots.slot_bytes)
 
     # -- asking ----------------------------------------------------------------------------------------------
     def lookup(self, keys: Sequence[ChunkKey]) -> Hit:
         """How much of the prefix is present, and where. Never waits; see `Hit.pending`."""
-        hit = Hit()
+        hit = Hit(self)
+        self._sweep()
         with self._lock:
             self._check_open()
-            here, reach = self._here(keys)
+            index, loads = self.slots.index, self._loads
+            here = [key in index or key in loads for key in keys]
         resident = _leading(here)
         hit.count = resident
         hit.sources = [self.memory_name] * resident
@@ -329,86 +92,89 @@ class Pipeline:
         hit.reason = MissReason.NOT_STORED
         if not self.tiers:
             return hit
+
         rest = list(keys[resident:])
 
-        def fold(found: _Locate) -> None:
-            end, moves = locate(resident, reach, here[resident:], found.present)
+        def fold(found: Locate) -> None:
+            with self._lock:
+                self._hide_overdue(rest, found)
+            end, moves = locate(resident, len(keys), here[resident:], found.present)
             sources = [self.memory_name] * end
             for move in moves:
                 for position in move.positions:
                     sources[position] = self.tiers[move.tier].name
             hit.sources = sources
             hit.count = end
-            hit.reason = _gap(end, reach, len(keys), found)
+            hit.reason = self._gap(keys, end, found)
             hit.pending = False
 
         hit.pending = True
         hit._locate = self._locate(rest, fold)
         return hit
 
-    def _here(self, keys: Sequence[ChunkKey]) -> tuple[list[bool], int]:
-        """Which keys are in memory or on their way, and the position of the first whose read is overdue.
-
-        An overdue read is a gap: whoever waited for it again would wait in vain. Lock held.
-        """
-        index, loads = self.slots.index, self._loads
-        here = [key in index for key in keys]
-        if loads:
-            now = monotonic()
+    def _hide_overdue(self, keys: Sequence[ChunkKey], found: Locate) -> None:
+        """A tier does not have what it failed to read in time: waiting for it again would be in vain. Lock held."""
+        if self._overdue:
             for i, key in enumerate(keys):
-                if not here[i] and key in loads:
-                    if now >= loads[key].deadline:
-                        return here, i
-                    here[i] = True
-        return here, len(keys)
+                batch = self._overdue.get(key)
+                if batch is not None:
+                    t = self.tiers.index(batch.tier)
+                    found.present[t] = [*found.present[t][:i], False, *found.present[t][i + 1 :]]
 
-    def _locate(self, keys: list[ChunkKey], then: Callable[[_Locate], None]) -> _Locate:
-        """Ask every storage tier for the keys: memory at once, media on their lanes."""
-        self._expire()
-        found = _Locate(then)
-        found.waiting = 1
+    def _gap(self, keys: Sequence[ChunkKey], end: int, found: Locate) -> MissReason | None:
+        """Why a prefix ends at `end`."""
+        if end == len(keys):
+            return None
+        return MissReason.DEADLINE if keys[end] in self._overdue else found.reason
+
+    def _locate(self, keys: list[ChunkKey], then: Callable[[Locate], None]) -> Locate:
+        """Ask every storage tier for the keys: memory at once, media on their lanes. Lock not held."""
+        found = Locate(len(self.tiers), len(keys), then)
         for t, tier in enumerate(self.tiers):
             present = tier.present(keys)
-            found.present.append([False] * len(keys) if present is None else present)
-            if tier.paused:
-                found.paused = True
-            elif present is None:
-                if tier.read_breaker.allow():
-                    found.silent.add(t)
-                else:
-                    found.paused = True
-        asks = sorted(found.silent)
-        found.waiting += len(asks)
-        for t in asks:
-            self._ask(found, t, keys)
-        found.arrive()
+            if present is None:
+                self._ask(found, t, keys)
+            else:
+                found.answer(t, present)
         return found
 
-    def _ask(self, found: _Locate, t: int, keys: list[ChunkKey]) -> None:
+    def _ask(self, found: Locate, t: int, keys: list[ChunkKey]) -> None:
         tier = self.tiers[t]
-        absent = [False] * len(keys)
+        found.immediate = False
 
-        def cancel() -> None:
-            tier.read_breaker.record(MissReason.DEADLINE)
-            found.answer(t, absent)
+        def run() -> MissReason | None:
+            answer = tier.ask(keys)
+            found.answer(t, answer)
+            return answer if isinstance(answer, MissReason) else None
 
-        if not tier.read_lane.submit(lambda: found.answer(t, tier.ask(keys)), cancel, nbytes=0):
-            cancel()
+        def give_up(reason: MissReason) -> None:
+            found.answer(t, reason)
+
+        # Half the time for asking: the tiers that did answer, and this one, need the rest for reading.
+        deadline = monotonic() + tier.deadline / 2
+        refusal = tier.read_lane.submit(
+            run, give_up, 0, late=give_up, deadline=deadline, breaker=tier.ask_breaker, urgent=True
+        )
+        if refusal is not None:
+            found.answer(t, refusal)
 
     # -- fetching --------------------------------------------------------------------------------------------
     def fetch(self, keys: Sequence[ChunkKey]) -> Transfer:
         """Hold the present prefix of `keys`: pin what is in memory, start reading the rest. Never waits."""
         transfer = Transfer(self, list(keys))
         slots = self.slots
+        self._sweep()
         with self._lock:
             self._check_open()
             found = list(map(slots.index.get, keys))
             resident = found.index(None) if None in found else len(found)
+            if self.tiers and len(set(transfer.keys[resident:])) < len(found) - resident:
+                raise ValueError("the keys repeat: a prefix has each chunk once")
             pins = slots.pins
             taken: list[int] = found[:resident]  # type: ignore[assignment]
+            slots.policy.touch(transfer.keys)
             for slot in taken:
                 pins[slot] += 1
-            slots.policy.touch(transfer.keys)
             transfer._slots = taken
             transfer._sources = [self.memory_name] * resident
             transfer.count = resident
@@ -417,30 +183,27 @@ class Pipeline:
             if resident < len(found):
                 transfer._reason = MissReason.NOT_STORED
             return transfer
-        rest = transfer.keys[resident:]
-        if len(set(rest)) < len(rest):
-            transfer.cancel()
-            raise ValueError("the keys repeat: a prefix has each chunk once")
         transfer._event = threading.Event()
         transfer.located = False
-        transfer._deadline = monotonic() + max(tier.deadline for tier in self.tiers)
-        transfer._asked = self._locate(rest, lambda located: self._start(transfer, resident, located))
+        transfer._begun = monotonic()
+        transfer._deadline = transfer._begun + max(tier.deadline for tier in self.tiers)
+        self._locate(transfer.keys[resident:], lambda located: self._start(transfer, resident, located))
         return transfer
 
-    def _start(self, transfer: Transfer, start: int, located: _Locate) -> None:
+    def _start(self, transfer: Transfer, start: int, located: Locate) -> None:
         """Second half of a fetch, once it is known where every chunk is: reserve slots and submit the moves."""
         keys = transfer.keys
-        failed: list[tuple[_Batch, MissReason]] = []
+        failed: list[tuple[Batch, MissReason]] = []
         with self._lock:
             slots = self.slots
-            here, reach = self._here(keys[start:])
-            reach += start
-            end, moves = locate(start, reach, here, located.present)
+            here = [key in slots.index or key in self._loads for key in keys[start:]]
+            self._hide_overdue(keys[start:], located)
+            end, moves = locate(start, len(keys), here, located.present)
             if transfer._finished or self._closed:
                 end, moves = start, []
             transfer._slots += [-1] * (end - start)
             transfer._sources += [self.memory_name] * (end - start)
-            transfer._reason = _gap(end, reach, len(keys), located)
+            transfer._reason = self._gap(keys, end, located)
             # Pin what is here before taking slots: taking evicts.
             for position in range(start, end):
                 slot = slots.index.get(keys[position])
@@ -450,131 +213,163 @@ class Pipeline:
             wanted = sorted(position for move in moves for position in move.positions)
             room = self._take(len(wanted))
             if len(room) < len(wanted):
-                end = self._cut(transfer, start, wanted[len(room)])
+                end = self._cut(transfer, wanted[len(room)])
                 wanted = wanted[: len(room)]
             slot_at = dict(zip(wanted, room, strict=True))
             transfer.count = end
             for position in range(start, end):
                 if transfer._slots[position] < 0 and position not in slot_at:
-                    batch = self._loads[keys[position]]
-                    batch.waiters[keys[position]].append((transfer, position))
-                    transfer._sources[position] = batch.tier.name
-                    transfer._batches.append(batch)
-                    transfer._pending += 1
+                    self._await(transfer, position, self._loads[keys[position]])
+            # The deadline counts from the call, unless a medium had to be asked first.
+            begun = transfer._begun if located.immediate else monotonic()
             for move in moves:
                 tier = self.tiers[move.tier]
                 kept = Move(move.tier, [position for position in move.positions if position in slot_at])
                 admitted = False
                 for part in split(kept, tier.threads, self._batch_chunks):
-                    batch = _Batch(
+                    batch = Batch(
                         tier,
                         [keys[position] for position in part.positions],
                         [slot_at[position] for position in part.positions],
-                        monotonic() + tier.deadline,
+                        begun + tier.deadline,
                         self._epoch,
                     )
+                    self._reading += len(batch.slots)
                     for position in part.positions:
-                        transfer._sources[position] = tier.name
-                        batch.waiters[keys[position]].append((transfer, position))
                         self._loads[keys[position]] = batch
-                    transfer._pending += len(part.positions)
-                    transfer._batches.append(batch)
+                        self._await(transfer, position, batch)
                     refusal = self._submit(batch, admitted)
                     if refusal is None:
                         admitted = True
                     else:
                         failed.append((batch, refusal))
+            if transfer._batches:
+                transfer._deadline = min(transfer._deadline, max(batch.deadline for batch in transfer._batches))
             transfer.located = True
-            waiting = transfer._pending
+            ended = transfer._pending == 0
         for batch, reason in failed:
             self._loaded(batch, [reason] * len(batch.keys))
-        if waiting == 0 and transfer._event is not None:
-            transfer._event.set()
-        if transfer.detached:
-            self._cancel(transfer)
+        if ended:
+            self._end([transfer])
 
-    def _cut(self, transfer: Transfer, start: int, end: int) -> int:
+    def _cut(self, transfer: Transfer, end: int) -> int:
         """Shorten a transfer for which memory has no room. Lock held."""
-        late = [slot for slot in transfer._slots[end:] if slot >= 0]
-        self.slots.unpin(late)
+        self.slots.unpin([slot for slot in transfer._slots[end:] if slot >= 0])
         del transfer._slots[end:], transfer._sources[end:]
         transfer._reason = MissReason.NO_ROOM
-        return max(start, end)
+        return end
 
-    def _submit(self, batch: _Batch, admitted: bool) -> MissReason | None:
+    def _await(self, transfer: Transfer, position: int, batch: Batch) -> None:
+        """Let a transfer wait for one chunk of a batch. Lock held."""
+        batch.waiters[transfer.keys[position]].append((transfer, position))
+        transfer._sources[position] = batch.tier.name
+        transfer._pending += 1
+        if batch not in transfer._batches:
+            transfer._batches.append(batch)
+
+    def _submit(self, batch: Batch, admitted: bool) -> MissReason | None:
         """Queue one batch; why not, if refused. A prefix whose first batch was `admitted` is read whole. Lock held."""
-        tier = batch.tier
-        if not tier.read_breaker.allow():
-            return MissReason.BREAKER
 
-        def run() -> None:
-            if monotonic() >= batch.deadline:
-                self._loaded(batch, [MissReason.DEADLINE] * len(batch.keys))
-                return
-            outcomes = tier.read(batch.keys, batch.slots)
+        def run() -> MissReason | None:
+            outcomes = batch.tier.read(batch.keys, batch.slots)
             if self._verify_on_serve:
                 self._seal(batch.keys, batch.slots, outcomes)
-            self._loaded(batch, outcomes, ran=True)
+            self._loaded(batch, outcomes)
+            return MissReason.ERROR if MissReason.ERROR in outcomes else None
 
-        def cancel() -> None:
-            self._loaded(batch, [MissReason.DEADLINE] * len(batch.keys))
+        def cancel(reason: MissReason) -> None:
+            self._loaded(batch, [reason] * len(batch.keys))
 
-        if not tier.read_lane.submit(run, cancel, len(batch.keys) * self.slots.slot_bytes, admitted=admitted):
-            if tier.read_breaker.open:
-                tier.read_breaker.record(MissReason.DEADLINE)  # this call was the probe
-            return MissReason.BUSY
-        return None
+        def late(reason: MissReason) -> None:
+            self._abandon(batch, reason)
 
-    def _loaded(self, batch: _Batch, outcomes: Sequence[Outcome], *, ran: bool = False) -> None:
+        return batch.tier.read_lane.submit(
+            run,
+            cancel,
+            len(batch.keys) * self.slots.slot_bytes,
+            late=late,
+            deadline=batch.deadline,
+            admitted=admitted,
+        )
+
+    def _loaded(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
         """A batch ended: publish what arrived whole, give the rest back, tell whoever waits."""
-        if not batch.expired:
-            bad = next((o for o in outcomes if o in (MissReason.ERROR, MissReason.DEADLINE)), None)
-            if ran or bad:
-                batch.tier.read_breaker.record(bad)
-        events: list[threading.Event] = []
+        arrived: list[ChunkKey] = []
+        landed: list[int] = []
+        spare: list[int] = []
         with self._lock:
             slots = self.slots
             stale = batch.epoch != self._epoch
-            good = [i for i, outcome in enumerate(outcomes) if outcome is None and not stale]
-            # A store may have published a chunk while it was being read.
-            kept = {i for i in good if batch.keys[i] not in slots.index}
-            arrived = [batch.keys[i] for i in good if i in kept]
-            landed = [batch.slots[i] for i in good if i in kept]
+            for key, slot, outcome in zip(batch.keys, batch.slots, outcomes, strict=True):
+                # A store, or a later read of the same chunk, may have been faster.
+                if outcome is None and not stale and key not in slots.index:
+                    arrived.append(key)
+                    landed.append(slot)
+                else:
+                    spare.append(slot)
             # The header page is only in the slot when the object is raw; then it keeps its own date.
             slots.publish_loaded(arrived, landed, int(time.time()))
-            ready = {i: slots.index[batch.keys[i]] for i in good}
-            for i, key in enumerate(batch.keys):
+            slots.give_back(spare)
+            self._reading -= len(batch.slots)
+            for key in batch.keys:
+                if self._overdue.get(key) is batch:
+                    del self._overdue[key]
+            ended = self._tell(batch, dict(zip(batch.keys, outcomes, strict=True)))
+            self._spread(arrived, landed, arrived, self.tiers.index(batch.tier))
+        self._end(ended)
+
+    def _abandon(self, batch: Batch, reason: MissReason) -> None:
+        """A read is overdue: nobody waits for it any longer. Its slots stay taken until the medium lets go of them."""
+        with self._lock:
+            self._overdue.update((key, batch) for key in batch.keys if self._loads.get(key) is batch)
+            ended = self._tell(batch, dict.fromkeys(batch.keys, reason))
+        self._end(ended)
+
+    def _tell(self, batch: Batch, outcomes: dict[ChunkKey, Outcome]) -> list[Transfer]:
+        """Give a batch's waiters their chunks, or the reasons why not; return those that wait no longer. Lock held."""
+        ended: list[Transfer] = []
+        slots = self.slots
+        for key, outcome in outcomes.items():
+            if self._loads.get(key) is batch:
                 del self._loads[key]
-                for transfer, position in batch.waiters[key]:
-                    if i in ready:
-                        slots.pins[ready[i]] += 1
-                        transfer._slots[position] = ready[i]
-                    elif transfer._reason is None or position < transfer.count:
-                        transfer.count = min(transfer.count, position)
-                        transfer._reason = outcomes[i] or MissReason.RACED
-                    transfer._pending -= 1
-                    if transfer._pending == 0 and transfer._event is not None:
-                        events.append(transfer._event)
-            slots.give_back([batch.slots[i] for i in range(len(batch.keys)) if i not in kept])
-            self._spread(arrived, landed, self.tiers.index(batch.tier))
-        for event in events:
-            event.set()
+            for transfer, position in batch.waiters.pop(key, ()):
+                slot = slots.index.get(key)
+                if slot is not None:
+                    slots.pins[slot] += 1
+                    transfer._slots[position] = slot
+                elif transfer._reason is None or position < transfer.count:
+                    transfer.count = min(transfer.count, position)
+                    transfer._reason = outcome or MissReason.RACED
+                transfer._pending -= 1
+                if transfer._pending == 0 and transfer.located:
+                    ended.append(transfer)
+        return ended
+
+    def _end(self, transfers: Sequence[Transfer]) -> None:
+        """Wake whoever waits for the transfers; end those nobody waits for. Lock not held."""
+        for transfer in transfers:
+            if transfer._event is not None:
+                transfer._event.set()
+            if transfer._detached:
+                self._cancel(transfer)
 
     def _finish(self, transfer: Transfer) -> Lease:
+        self._sweep()
         with self._lock:
             slots, reason = self._detach(transfer)
         if self._verify_on_serve:
             slots, reason = self._verified(transfer, slots, reason)
         count = len(slots)
-        sources = transfer._sources[:count]
+        keys, sources = transfer.keys[:count], transfer._sources[:count]
         with self._lock:
             for source in set(sources):
                 self.counts["hit." + source] += sources.count(source)
             if reason is not None:
                 self.counts[f"miss.{reason}"] += len(transfer.keys) - count
-        for tier in self.tiers:
-            tier.touch(transfer.keys[:count])
-        return Lease(self, transfer.keys[:count], slots, sources, reason)
+        if count:
+            for tier in self.tiers:
+                tier.touch(keys)
+        return Lease(self, keys, slots, sources, reason)
 
     def _detach(self, transfer: Transfer) -> tuple[list[int], MissReason | None]:
         """Stop waiting for a transfer and keep its unbroken prefix. Lock held."""
@@ -582,30 +377,43 @@ class Pipeline:
             raise Closed("the result of this transfer was taken, or it was cancelled")
         transfer._finished = True
         self._live_transfers -= 1
-        reason = transfer._reason
-        now = monotonic()
-        if not transfer.located:
-            reason = MissReason.DEADLINE
-            if transfer._asked is not None and now >= transfer._deadline:
-                for t in list(transfer._asked.silent):
-                    self.tiers[t].read_breaker.record(MissReason.DEADLINE)
-        elif transfer._pending:
-            for batch in transfer._batches:
-                for key in batch.keys:
-                    if key in batch.waiters:
-                        batch.waiters[key] = [w for w in batch.waiters[key] if w[0] is not transfer]
-                if now >= batch.deadline and not batch.expired and self._loads.get(batch.keys[0]) is batch:
-                    batch.expired = True
-                    batch.tier.read_breaker.record(MissReason.DEADLINE)
-            transfer._pending = 0
         held = transfer._slots
         count = held.index(-1) if -1 in held else len(held)
-        if count < transfer.count:
+        reason = transfer._reason
+        if not transfer.located or count < transfer.count:
             reason = MissReason.DEADLINE  # not failed: not here in time
+        if transfer._pending:
+            for batch in transfer._batches:
+                for waiters in batch.waiters.values():
+                    waiters[:] = [waiter for waiter in waiters if waiter[0] is not transfer]
+            transfer._pending = 0
+        transfer._batches = []
         if count < len(held):
             self.slots.unpin([slot for slot in held[count:] if slot >= 0])
+        if transfer._event is not None:
+            # Batches arrive in any order; a deeper chunk must not end up warmer than a shallower one.
+            self.slots.policy.touch(transfer.keys)
         transfer._slots = []
         return held[:count], reason if count < len(transfer.keys) else None
+
+    def _verified(
+        self, transfer: Transfer, slots: list[int], reason: MissReason | None
+    ) -> tuple[list[int], MissReason | None]:
+        """Check the bytes in memory once more before an engine gets them."""
+        size = self.slots.chunk_bytes
+        for i, slot in enumerate(slots):
+            try:
+                seal.unseal(
+                    self.slots.view(slot, object_bytes(size)), transfer.keys[i], self.layout.id, seal.RAW_CODEC, size
+                )
+            except CorruptChunk as error:
+                with self._lock:
+                    if self.slots.index.get(transfer.keys[i]) == slot:
+                        self.slots.hide(transfer.keys[i])
+                        self.counts["quarantined"] += 1
+                    self.slots.unpin(slots[i:])
+                return slots[:i], MissReason(error.reason)
+        return slots, reason
 
     def _seal(self, keys: Sequence[ChunkKey], slots: Sequence[int], outcomes: Sequence[Outcome]) -> None:
         """Seal the chunks that have no header yet, so that they can be verified when they are served."""
@@ -616,27 +424,6 @@ class Pipeline:
                 seal.seal(view, key, self.layout.id, seal.RAW_CODEC, size, size, now)
                 self.slots.sealed[slot] = 1
 
-    def _verified(
-        self, transfer: Transfer, slots: list[int], reason: MissReason | None
-    ) -> tuple[list[int], MissReason | None]:
-        """Check the bytes in memory once more before an engine gets them."""
-        size = self.slots.chunk_bytes
-        for i, slot in enumerate(slots):
-            if not self.slots.sealed[slot]:
-                continue
-            try:
-                seal.unseal(
-                    self.slots.view(slot, object_bytes(size)), transfer.keys[i], self.layout.id, seal.RAW_CODEC, size
-                )
-            except CorruptChunk as error:
-                with self._lock:
-                    if self.slots.index.get(transfer.keys[i]) == slot:
-                        self.slots.hide(transfer.keys[i])
-                    self.slots.unpin(slots[i:])
-                    self.counts["quarantined"] += 1
-                return slots[:i], MissReason(error.reason)
-        return slots, reason
-
     def _cancel(self, transfer: Transfer) -> None:
         with self._lock:
             if not transfer._finished:
@@ -644,18 +431,29 @@ class Pipeline:
                 self.slots.unpin(slots)
 
     def prefetch(self, keys: Sequence[ChunkKey]) -> None:
-        """Start reading the present prefix into memory, as a hint; nothing is held."""
+        """Start reading the present prefix into memory, as a hint; it is held until it has arrived, no longer."""
         transfer = self.fetch(keys)
         with self._lock:
-            transfer.detached = not transfer.located
-        if not transfer.detached:
-            transfer.cancel()
+            transfer._detached = True
+            ended = transfer.located and transfer._pending == 0
+        if ended:
+            self._cancel(transfer)
 
     def retrieve(self, keys: Sequence[ChunkKey], timeout: float | None = None) -> Lease:
         """Fetch and wait, at most `timeout` seconds or the tiers' deadline. Blocks: not for an engine's thread."""
         transfer = self.fetch(keys)
-        transfer.wait(timeout)
-        return self._finish(transfer)
+        try:
+            transfer.wait(timeout)
+            return self._finish(transfer)
+        except BaseException:
+            transfer.cancel()
+            raise
+
+    def _release(self, lease: Lease) -> None:
+        with self._lock:
+            slots, lease._slots = lease._slots, None
+            if slots:
+                self.slots.unpin(slots)
 
     # -- storing ---------------------------------------------------------------------------------------------
     def reserve(self, keys: Sequence[ChunkKey], first: int = 0) -> Reservation:
@@ -664,19 +462,15 @@ class Pipeline:
         Give the whole prefix: it marks the use. A caller that stores a growing sequence piece by piece passes `first`,
         so that what was evicted in between is not copied again with every piece.
         """
-        self._expire()
+        self._sweep()
         with self._lock:
             self._check_open()
             slots = self.slots
             index, loads, filling = slots.index, self._loads, self._filling
-            now = monotonic() if loads else 0.0
             positions = [
                 i
                 for i, key in enumerate(keys)
-                if i >= first
-                and key not in index
-                and key not in filling
-                and (key not in loads or now >= loads[key].deadline)
+                if key not in index and key not in loads and key not in filling and i >= first
             ]
             if len(positions) < len(keys):
                 slots.policy.touch(keys)
@@ -688,7 +482,7 @@ class Pipeline:
                 self.counts["drop.no_room"] += len(positions) - len(taken)
                 del positions[len(taken) :], new[len(taken) :]
             filling.update(new)
-            return Reservation(self, new, taken, positions, self._epoch)
+            return Reservation(self, keys, new, taken, positions, self._epoch)
 
     def store(self, keys: Sequence[ChunkKey], fill: Callable[[Reservation], None]) -> int:
         """Reserve, let `fill` write the chunks, commit. Return how many chunks were published."""
@@ -698,8 +492,7 @@ class Pipeline:
             fill(reservation)
             return reservation.commit()
 
-    def _commit(self, keys: list[ChunkKey], slots: list[int], epoch: int) -> int:
-        now = int(time.time())
+    def _commit(self, chain: Sequence[ChunkKey], keys: list[ChunkKey], slots: list[int], epoch: int) -> int:
         if self._verify_on_serve:
             self._seal(keys, slots, [None] * len(keys))
         with self._lock:
@@ -707,38 +500,24 @@ class Pipeline:
             if epoch != self._epoch or self._closed:
                 self.slots.give_back(slots)
                 return 0
-            # A read may have brought a chunk while it was being filled.
-            late = [i for i, key in enumerate(keys) if key in self.slots.index]
-            if late:
-                self.slots.give_back([slots[i] for i in late])
-                keys, slots = _without(keys, late), _without(slots, late)
-            self.slots.publish(keys, slots, now, sealed=self._verify_on_serve)
+            index = self.slots.index
+            if not index.keys().isdisjoint(keys):
+                # A read brought some of them meanwhile.
+                self.slots.give_back([slot for key, slot in zip(keys, slots, strict=True) if key in index])
+                slots = [slot for key, slot in zip(keys, slots, strict=True) if key not in index]
+                keys = [key for key in keys if key not in index]
+            self.slots.publish(keys, slots, int(time.time()), sealed=self._verify_on_serve)
+            if len(keys) < len(chain):
+                self.slots.policy.touch(chain)
             self.counts["stored"] += len(keys)
             if self.tiers:
-                self._spread(keys, slots, len(self.tiers))
+                self._spread(keys, slots, chain, len(self.tiers))
         return len(keys)
 
     def _abort(self, keys: list[ChunkKey], slots: list[int]) -> None:
         with self._lock:
             self._filling.difference_update(keys)
             self.slots.give_back(slots)
-
-    # -- writing down ----------------------------------------------------------------------------------------
-    def _spread(self, keys: Sequence[ChunkKey], slots: Sequence[int], origin: int) -> None:
-        """New chunks in memory: write them through, or mark them for demotion. `origin` is the tier they came from,
-        or the number of tiers for a fresh store; deeper tiers have them by then. Lock held."""
-        if not keys:
-            return
-        stored = origin == len(self.tiers)
-        for tier in self.tiers[:origin]:
-            if tier.write_mode == "never" or not (stored or tier.promote):
-                continue
-            if tier.write_mode == "back":
-                self.slots.dirty.update(slot for key, slot in zip(keys, slots, strict=True) if not tier.has(key))
-            else:
-                self._write(tier, keys, slots, None)
-        if len(self.slots.dirty) > self._dirty_limit:
-            self._demote(len(self.slots.dirty) - self._dirty_limit // 2 - len(self._demoting))
 
     def _take(self, want: int) -> list[int]:
         """Up to `want` slots. Where dirty chunks are in the way, start writing them down for next time. Lock held."""
@@ -747,164 +526,178 @@ class Pipeline:
             self._demote(want - len(taken))
         return taken
 
-    def _demote(self, want: int) -> None:
-        """Write the coldest dirty chunks to the write-back tiers, ahead of need. Lock held."""
-        if want <= 0:
+    # -- writing down ----------------------------------------------------------------------------------------
+    def _spread(self, keys: Sequence[ChunkKey], slots: Sequence[int], chain: Sequence[ChunkKey], origin: int) -> None:
+        """New chunks in memory: write them through, or mark them for demotion. `chain` is the prefix they belong to,
+        `origin` the tier they came from, or the number of tiers for a fresh store; deeper tiers have them by then.
+        Lock held."""
+        if not keys:
             return
-        chosen: list[ChunkKey] = []
-        slots = self.slots
-        for key in slots.policy.coldest():
-            slot = slots.index[key]
-            if slot in slots.dirty and slot not in self._demoting:
-                chosen.append(key)
-                if len(chosen) >= want:
-                    break
-        numbers = [slots.index[key] for key in chosen]
-        for slot in numbers:
-            self._demoting[slot] = len(self._back)
-        for t in self._back:
-            self._write(self.tiers[t], chosen, numbers, self._demoted)
+        stored = origin == len(self.tiers)
+        for tier in self.tiers[:origin]:
+            if tier.write_mode == "never" or not (stored or tier.promote):
+                continue
+            if tier.write_mode == "back":
+                missing = (slot for key, slot in zip(keys, slots, strict=True) if not tier.has(key))
+                self.slots.dirty.update(dict.fromkeys(missing))
+            else:
+                self._write(tier, keys, slots, chain, None)
+        if len(self.slots.dirty) + len(self._demoting) > self._dirty_limit:
+            self._demote(len(self.slots.dirty) - self._dirty_limit // 2)
 
-    def _demoted(self, slots: Sequence[int], written: bool) -> None:
-        """A write-back batch ended (or was refused). Lock held."""
+    def _demote(self, want: int) -> None:
+        """Write the longest waiting dirty chunks to the write-back tiers, as far as lanes have room. Lock held."""
+        room = min(tier.write_lane.room for tier in self._back) // self.slots.slot_bytes
+        dirty, key_of = self.slots.dirty, self.slots.key_of
+        chosen = list(islice(dirty, min(want, room))) if want > 0 else []
+        # Last batch first: what is written later counts as warmer, and the beginning of a prefix must be warmest.
+        for at in reversed(range(0, len(chosen), self._batch_chunks)):
+            numbers = chosen[at : at + self._batch_chunks]
+            keys: list[ChunkKey] = [key_of[slot] for slot in numbers]  # type: ignore[misc]
+            for slot in numbers:
+                del dirty[slot]
+                self._demoting[slot] = len(self._back)
+            for tier in self._back:
+                self._write(tier, keys, numbers, keys, self._demoted)
+
+    def _demoted(self, slots: Sequence[int], refused: bool) -> None:
+        """A write-back batch ended, or was refused by a full lane. Lock held.
+
+        What failed counts as clean: a failing tier must not fill memory with chunks that cannot be evicted.
+        """
+        if refused:
+            self._refused.update(slots)
         for slot in slots:
             self._demoting[slot] -= 1
             if self._demoting[slot] == 0:
                 del self._demoting[slot]
-                if written:
-                    self.slots.dirty.discard(slot)
+                if slot in self._refused:
+                    self._refused.discard(slot)
+                    if self.slots.key_of[slot] is not None:
+                        self.slots.dirty[slot] = None
 
     def _write(
         self,
         tier: StorageTier,
         keys: Sequence[ChunkKey],
         numbers: Sequence[int],
-        then: Callable[[Sequence[int], bool], None] | None,
+        chain: Sequence[ChunkKey],
+        then: Written | None,
     ) -> None:
         """Queue chunks for a tier in batches, pinned until written. What the lane refuses is dropped. Lock held."""
         for at in range(0, len(keys), self._batch_chunks):
             some = list(keys[at : at + self._batch_chunks])
             held = list(numbers[at : at + self._batch_chunks])
-            if tier.write_breaker.allow():
-                reason = MissReason.BUSY
-                for slot in held:
-                    self.slots.pins[slot] += 1
-                if tier.write_lane.submit(*self._write_job(tier, some, held, then), len(some) * self.slots.slot_bytes):
-                    continue
+            for slot in held:
+                self.slots.pins[slot] += 1
+            run, cancel = self._write_job(tier, some, held, chain, then)
+            refusal = tier.write_lane.submit(run, cancel, len(some) * self.slots.slot_bytes)
+            if refusal is not None:
                 self.slots.unpin(held)
-                if tier.write_breaker.open:
-                    tier.write_breaker.record(MissReason.DEADLINE)  # this call was the probe
-            else:
-                reason = MissReason.BREAKER
-            tier.count(f"dropped_{reason}", len(some))
-            if then is not None:
-                # A failing tier must not fill memory with chunks that cannot be evicted: they become clean, unwritten.
-                then(held, reason is MissReason.BREAKER)
+                again = refusal is MissReason.BUSY
+                if then is None or not again:
+                    tier.count(f"dropped_{refusal}", len(some))
+                if then is not None:
+                    then(held, again)
 
     def _write_job(
         self,
         tier: StorageTier,
         keys: list[ChunkKey],
         held: list[int],
-        then: Callable[[Sequence[int], bool], None] | None,
-    ) -> tuple[Callable[[], None], Callable[[], None]]:
+        chain: Sequence[ChunkKey],
+        then: Written | None,
+    ) -> tuple[Job, GiveUp]:
         epoch = tier.epoch
 
-        def end(written: bool) -> None:
+        def end() -> None:
             with self._lock:
                 self.slots.unpin(held)
                 if then is not None:
-                    then(held, written)
+                    then(held, False)
 
-        def run() -> None:
-            begun = monotonic()
-            outcomes = tier.write(keys, held, epoch)
-            bad = MissReason.ERROR if MissReason.ERROR in outcomes else None
-            if monotonic() - begun > tier.deadline:
-                bad = MissReason.DEADLINE
-            tier.write_breaker.record(bad)
+        def run() -> MissReason | None:
+            outcomes = tier.write(keys, held, chain, epoch)
             for outcome in outcomes:
                 if outcome is not None:
                     tier.count(f"dropped_{outcome}")
-            end(True)
+            end()
+            return MissReason.ERROR if MissReason.ERROR in outcomes else None
 
-        def cancel() -> None:
-            tier.write_breaker.record(MissReason.DEADLINE)
-            tier.count("dropped_deadline", len(keys))
-            end(True)
+        def cancel(reason: MissReason) -> None:
+            tier.count(f"dropped_{reason}", len(keys))
+            end()
 
         return run, cancel
 
     # -- life ------------------------------------------------------------------------------------------------
     def clear(self, tier: str | None = None) -> None:
-        """Forget every chunk: of one tier by name, or of all. Blocks on the media's own deletion.
+        """Forget every chunk: of one tier by name, or of all. None is served from now on, whatever the media do.
 
-        Raise `BackendError`, after every tier was tried, when a medium could not delete its objects.
+        Waits for the media to delete their objects, at most `CLEAR_S` seconds. Raise `BackendError` when one fails or
+        takes longer: that tier stays out of service until a clear succeeds.
         """
         names = [self.memory_name, *(t.name for t in self.tiers)]
         if tier is not None and tier not in names:
             raise ValueError(f"no tier {tier!r}; there are {', '.join(names)}")
-        if tier in (None, self.memory_name):
-            self._forget_memory()
-        failed: list[str] = []
-        for storage in self.tiers:
-            if tier in (None, storage.name):
-                try:
-                    storage.clear()
-                except Exception as error:
-                    failed.append(f"{storage.name}: {type(error).__name__}: {error}")
-        if tier is None:
-            self._forget_memory()  # what was read from a tier before it was cleared
-        if failed:
-            raise BackendError(f"not cleared: {'; '.join(failed)}")
-
-    def _forget_memory(self) -> None:
+        chosen = [t for t in self.tiers if tier in (None, t.name)]
+        ended: list[Transfer] = []
         with self._lock:
-            self._epoch += 1
-            for key in list(self.slots.index):
-                self.slots.hide(key)
+            # All at once: nothing moves from one tier to another meanwhile, and what is on its way is void.
+            for storage in chosen:
+                storage.begin_wipe()
+            if tier in (None, self.memory_name):
+                self._epoch += 1
+                for key in list(self.slots.index):
+                    self.slots.hide(key)
+                for batch in list({id(batch): batch for batch in self._loads.values()}.values()):
+                    ended += self._tell(batch, dict.fromkeys(batch.keys, MissReason.RACED))
+        self._end(ended)
+        finish_within(CLEAR_S, [storage.wipe for storage in chosen], "clear")
+        failed = [f"{t.name} ({t.last_error or 'no answer'})" for t in chosen if t.wiping]
+        if failed:
+            raise BackendError(f"not cleared, and out of service until a clear succeeds: {', '.join(failed)}")
 
     def flush(self, timeout: float) -> bool:
         """Write down everything that must be written; False when that took longer than `timeout` seconds."""
         end = monotonic() + timeout
         while True:
-            self._expire()
+            self._sweep()
             with self._lock:
-                if self._back and self.slots.dirty:
-                    self._demote(len(self.slots.dirty) - len(self._demoting))
-            for tier in self.tiers:
-                if not tier.write_lane.drain(max(0.0, end - monotonic())):
-                    return False
-            if not self.slots.dirty:
+                if self.slots.dirty:
+                    self._demote(len(self.slots.dirty))
+            idle = [tier.write_lane.drain(max(0.0, min(0.05, end - monotonic()))) for tier in self.tiers]
+            with self._lock:
+                clean = not self.slots.dirty and not self._demoting
+            if clean and all(idle):
                 return True
             if self._closed or monotonic() >= end:
                 return False
 
     def close(self, timeout: float = 10.0) -> None:
         """Flush, stop the lanes and release memory, within about `timeout` seconds. Idempotent."""
-        if self._closed:
-            return
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
         end = monotonic() + timeout
         self.flush(timeout / 2)
         with self._lock:
             self._closed = True
         for tier in self.tiers:
-            tier.close(max(0.1, end - monotonic()))
+            tier.stop()
+        left = max(0.1, end - monotonic())
+        finish_within(left, [partial(tier.close, left) for tier in self.tiers], "close")
         self._memory.close()
-
-    def _expire(self) -> None:
-        """Cancel work that waited behind a hung medium for too long. Its callbacks take the lock: it must be free."""
-        for tier in self.tiers:
-            tier.read_lane.expire(tier.deadline)
-            tier.write_lane.expire(tier.deadline)
 
     def _check_open(self) -> None:
         if self._closed:
             raise Closed("the pipeline is closed")
 
-    def _unpin(self, slots: Sequence[int]) -> None:
-        with self._lock:
-            self.slots.unpin(slots)
+    def _sweep(self) -> None:
+        """Give up on what a hung tier has not done in time. Every call of an engine does this. Lock not held."""
+        for tier in self.tiers:
+            tier.sweep()
 
     def stats(self) -> dict[str, Any]:
         """Counters since start-up, and what is held now. Plain data."""
@@ -916,22 +709,11 @@ class Pipeline:
                 "slot_bytes": slots.slot_bytes,
                 "ready": len(slots.index),
                 "free": len(slots.free),
-                "dirty": len(slots.dirty),
-                "pinned": sum(1 for pins in slots.pins if pins),
+                "dirty": len(slots.dirty) + len(self._demoting),
                 "evicted": slots.evicted,
             }
-        tiers: dict[str, Any] = {self.memory_name: memory}
-        for tier in self.tiers:
-            usage = tier.usage()
-            tiers[tier.name] = {
-                **tier.counts,
-                "used_bytes": tier.used,
-                "objects": usage.objects if usage else None,
-                "allocated_bytes": usage.allocated_bytes if usage else None,
-                "read_paused": tier.read_breaker.open,
-                "write_paused": tier.write_breaker.open,
-                "last_error": tier.last_error,
-            }
+        memory["pinned"] = sum(1 for pins in slots.pins if pins)
+        tiers: dict[str, Any] = {self.memory_name: memory, **{tier.name: tier.stats() for tier in self.tiers}}
         return {
             "stored": counts.get("stored", 0),
             "hits": {name: counts.get(f"hit.{name}", 0) for name in tiers},
@@ -944,13 +726,15 @@ class Pipeline:
     def check(self, *, idle: bool = False) -> None:
         """Raise `AssertionError` on any broken invariant; with `idle`, also when anything is still held."""
         with self._lock:
-            loading = len(self._loads)
-            self.slots.check(loading + len(self._filling))
+            self.slots.check(self._reading + len(self._filling))
+            assert not self._demoting.keys() & self.slots.dirty.keys(), "a slot is dirty and on its way"
             if idle:
                 pinned = {slot: pins for slot, pins in enumerate(self.slots.pins) if pins}
                 assert not pinned, f"pins left behind: {pinned}"
                 assert not self._filling, f"{len(self._filling)} reservations were neither committed nor aborted"
-                assert not self._loads, f"{loading} loads never ended"
+                left = f"{self._reading} reads never ended"
+                assert not self._loads and not self._overdue and not self._reading, left
+                assert not self._demoting and not self._refused, f"{len(self._demoting)} demotions never ended"
                 assert not self._live_transfers, f"{self._live_transfers} transfers were neither taken nor cancelled"
         if idle:
             for tier in self.tiers:
@@ -960,18 +744,3 @@ class Pipeline:
 def _leading(flags: Sequence[bool]) -> int:
     """Length of the run of True at the start."""
     return flags.index(False) if False in flags else len(flags)
-
-
-def _gap(end: int, reach: int, count: int, found: _Locate) -> MissReason | None:
-    """Why a prefix of `count` chunks ends at `end`: where a read is overdue, a tier is paused, or nothing is stored."""
-    if end == count:
-        return None
-    if end == reach:
-        return MissReason.DEADLINE
-    return MissReason.BREAKER if found.paused else MissReason.NOT_STORED
-
-
-def _without(items: list[T], positions: Sequence[int]) -> list[T]:
-    """The items that are not at `positions`."""
-    gone = set(positions)
-    return [item for i, item in enumerate(items) if i not in gone]

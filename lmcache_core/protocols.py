@@ -9,7 +9,7 @@ breakers, encoding, capacity, eviction, integrity and metrics, so that a plugin 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from lmcache_core.layout import KVLayout
+from lmcache_core.redact import hide_urls
 from lmcache_core.types import ChunkKey, Got, Put, Usage
 
 API_VERSION = 1
@@ -26,6 +27,10 @@ class Frozen(BaseModel):
     """Immutable model that refuses unknown keys, and whose errors never show values: one may be a secret."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, hide_urls(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True, slots=True)

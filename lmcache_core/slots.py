@@ -4,8 +4,8 @@ A slot is room for one sealed object: a header page, then the raw chunk. Its mem
 backend and comes back from one, so a chunk is copied exactly once on its way in and once on its way out.
 
 Every slot is in exactly one state: free, filling (reserved by a store), loading (being read), or ready (in the
-index). Ready slots carry pins; only a clean, unpinned, ready slot is evicted. All methods are called with the
-pipeline's lock held and do no I/O.
+index). Ready slots carry pins; only a clean, unpinned, ready slot is evicted. A pinned slot may be taken out of the
+index; it is freed with its last pin. Changes are made with the pipeline's lock held; nothing here does I/O.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 POISON = 0xDB
 _SCAN = 4096
+"""Pinned and dirty chunks passed over in one eviction, so that it stays short."""
 
 
 class Slots:
@@ -47,8 +48,8 @@ class Slots:
         self.created: list[int] = [0] * self.count
         self.sealed = bytearray(self.count)
         """1 where the header page is valid for the raw chunk."""
-        self.dirty: set[int] = set()
-        """Ready slots that a write-back tier does not have yet."""
+        self.dirty: dict[int, None] = {}
+        """Ready slots that a write-back tier does not have yet and that are not on their way, longest waiting first."""
         self.evicted = 0
         self._poison = poison
 
@@ -82,6 +83,7 @@ class Slots:
 
     def _evict(self, want: int) -> None:
         victims: list[tuple[ChunkKey, int]] = []
+        kept: list[ChunkKey] = []
         index, pins, dirty = self.index, self.pins, self.dirty
         for key in islice(self.policy.coldest(), _SCAN + want):
             slot = index[key]
@@ -89,6 +91,12 @@ class Slots:
                 victims.append((key, slot))
                 if len(victims) == want:
                     break
+            else:
+                kept.append(key)
+        if len(kept) >= _SCAN:
+            # Held for long, perhaps by a hung tier: out of the way of the next eviction.
+            kept.reverse()
+            self.policy.touch(kept)
         # Inline `drop`: eviction is on the path of every store into a full memory.
         key_of, sealed, free, remove = self.key_of, self.sealed, self.free, self.policy.remove
         for key, slot in victims:
@@ -134,7 +142,7 @@ class Slots:
         self.policy.remove(key)
         self.key_of[slot] = None
         self.sealed[slot] = 0
-        self.dirty.discard(slot)
+        self.dirty.pop(slot, None)
         self._scrub(slot)
         self.free.append(slot)
 
@@ -148,7 +156,7 @@ class Slots:
         self.policy.remove(key)
         self.key_of[slot] = None
         self.sealed[slot] = 0
-        self.dirty.discard(slot)
+        self.dirty.pop(slot, None)
 
     def unpin(self, slots: Sequence[int]) -> None:
         """Drop one pin from each slot."""
@@ -179,7 +187,7 @@ class Slots:
         assert all(self.key_of[slot] == key for key, slot in self.index.items()), "index and slots disagree"
         assert all(p >= 0 for p in self.pins), "negative pins"
         assert all(not self.pins[slot] for slot in self.free), "a free slot is pinned"
-        assert self.dirty <= set(self.index.values()), "a dirty slot is not ready"
+        assert self.dirty.keys() <= set(self.index.values()), "a dirty slot is not ready"
         assert set(self.policy.coldest()) == self.index.keys(), "eviction policy and index disagree"
 
 

@@ -33,8 +33,8 @@ def closest(word: str, candidates: Iterable[str]) -> str | None:
     best: tuple[float, str] | None = None
     for candidate in candidates:
         target = candidate.lower().replace("-", "_")
-        edits = float(distance(folded, target))
         short, long = sorted((len(folded), len(target)))
+        edits = float(distance(folded, target) if long - short <= long // 3 + 2 else long)
         affix = short >= 3 and (
             target.startswith(folded) or target.endswith(folded) or folded.startswith(target) or folded.endswith(target)
         )

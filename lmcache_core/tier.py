@@ -1,6 +1,6 @@
 """One storage tier: a backend, perhaps a serde, its index and capacity, two lanes and two breakers.
 
-`read`, `write`, `ask` and `forget` block and run on the tier's lanes; everything else is memory only. No backend error
+`read`, `write`, `ask` and `wipe` block and run on threads of the tier; everything else is memory only. No backend error
 leaves this module: each key gets a `MissReason`, and what was not what it claimed to be is quarantined once.
 """
 
@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
-from itertools import islice
-from typing import Literal, TypeVar
+from collections.abc import Iterable, Sequence
+from time import monotonic
+from typing import Any, Literal, TypeVar
 
 from lmcache_core import seal
 from lmcache_core.errors import BackendError, CorruptChunk, NoSpace
 from lmcache_core.lanes import Breaker, Lane
 from lmcache_core.protocols import EvictionPolicy, Region, Serde, StorageBackend
 from lmcache_core.slots import Slots
-from lmcache_core.types import HEADER_BYTES, ChunkKey, MissReason, Usage, object_bytes, round_up
+from lmcache_core.types import HEADER_BYTES, ChunkKey, MissReason, object_bytes, round_up
 
 _T = TypeVar("_T")
 
 Outcome = MissReason | None
 """None when a chunk was read or written, else why not."""
 
+PLUGIN_ERRORS = (Exception, SystemExit)
+"""What a plugin may raise without taking anything else with it."""
+
 _RETRIES = 8
 """How often a put that found no space evicts a little more and tries again."""
+
+_MESSAGE_CHARS = 500
 
 
 class Staging:
@@ -39,13 +44,11 @@ class Staging:
         self._lock = threading.Lock()
 
     def take(self, want: int) -> list[memoryview]:
-        """Up to `want` buffers, at least one and at most a thread's share, so that no thread leaves another without."""
-        count = min(want, self._share)
+        """Buffers for one thread: `want`, at most its share."""
         with self._lock:
-            taken = self._free[-count:]
-            del self._free[-count:]
-        if len(taken) < count or not taken:
-            raise AssertionError(f"{count} staging buffers wanted, {len(taken)} left: a lane thread took two shares")
+            taken = [self._free.pop() for _ in range(min(want, self._share))]
+        if not taken:
+            raise AssertionError("staging has no buffer for each lane thread")
         return taken
 
     def give_back(self, buffers: Sequence[memoryview]) -> None:
@@ -74,6 +77,10 @@ class StorageTier:
         deadline: float,
         staging: Staging | None,
     ) -> None:
+        """`inflight`: bytes of queued and running writes, which pin their slots. Reads are bounded by memory itself.
+
+        Raise what the backend's `scan` and `footprint` raise; then no thread is left behind.
+        """
         self.name = name
         self.backend = backend
         self.write_mode = write
@@ -82,11 +89,8 @@ class StorageTier:
         self.threads = threads
         self.deadline = deadline
         self.codec = serde.codec if serde else seal.RAW_CODEC
-        # What is read lands in slots that are taken already: memory itself bounds it.
-        self.read_lane = Lane(f"{name}-read", threads, queue, slots.region.nbytes)
-        self.write_lane = Lane(f"{name}-write", threads, queue, inflight)
-        self.read_breaker = Breaker()
-        self.write_breaker = Breaker()
+        self.epoch = 0
+        """Raised by every clear: work that was asked for before is void."""
         self.counts: Counter[str] = Counter()
         self._serde = serde
         self._slots = slots
@@ -96,39 +100,56 @@ class StorageTier:
         self._policy = policy
         self._index: dict[ChunkKey, int] | None = None
         self._used = 0
-        self._pending = 0
-        """Bytes that are being put and not in the index yet."""
+        self._held = 0
+        """Bytes set aside: objects being written, and evicted ones that the medium may still hold."""
         self._writing: set[ChunkKey] = set()
-        self._epoch = 0
+        self._deleting: dict[ChunkKey, int] = {}
+        """Out of the index, not yet off the medium, with their bytes. Not written again before they are gone."""
+        self._undeleted: dict[ChunkKey, int] = {}
+        """Those the medium refused to delete; tried again with the next deletion."""
+        self._wiping = False
+        self._wipe_lock = threading.Lock()
         found = backend.scan()
         if found is not None:
             self._index = {}
             for key, nbytes in found:
                 self._enter([key], [backend.footprint(nbytes)])
             self.counts["recovered"] = len(self._index)
-            self._delete(self._shrink(0))
+            if capacity is not None and self._used > capacity:
+                gone = self._evict(self._used - capacity, 0)
+                if gone:
+                    self._delete(gone)
+        # Threads last: whatever fails above leaves none behind.
+        self.ask_breaker = Breaker(2 * deadline)
+        self.read_lane = Lane(f"{name}-read", threads, queue, slots.region.nbytes, deadline, Breaker(2 * deadline))
+        inflight = max(inflight, slots.slot_bytes)
+        self.write_lane = Lane(f"{name}-write", threads, queue, inflight, deadline, Breaker(2 * deadline))
 
     # -- index -----------------------------------------------------------------------------------------------
-    def present(self, keys: Sequence[ChunkKey]) -> list[bool] | None:
-        """Which keys the tier has; None when only the medium knows and it must be asked on the lane."""
-        if self.paused:
+    def present(self, keys: Sequence[ChunkKey]) -> list[bool] | MissReason | None:
+        """Which keys the tier has; why it cannot be asked; None when it must be asked on the lane."""
+        if self._wiping:
             return [False] * len(keys)
+        if self.read_lane.breaker.refuses or self.ask_breaker.refuses:
+            return MissReason.BREAKER
         if self._index is not None:
             index = self._index
             return [key in index for key in keys]
-        return self._contains(keys) if self.backend.contains_is_local else None
+        if not self.backend.contains_is_local:
+            return None
+        if not self.ask_breaker.allow():
+            return MissReason.BREAKER
+        answer = self.ask(keys)
+        self.ask_breaker.record(answer if isinstance(answer, MissReason) else None)
+        return answer
 
-    @property
-    def paused(self) -> bool:
-        """Whether the breaker keeps everybody from reading now."""
-        return self.read_breaker.open and not self.read_breaker.due
-
-    def ask(self, keys: Sequence[ChunkKey]) -> list[bool]:
-        """Ask the medium which keys it has. Errors count as absent, and for the breaker."""
-        before = self.counts["contains_errors"]
-        present = self._contains(keys)
-        self.read_breaker.record(MissReason.ERROR if self.counts["contains_errors"] > before else None)
-        return present
+    def ask(self, keys: Sequence[ChunkKey]) -> list[bool] | MissReason:
+        """Ask the medium which keys it has."""
+        try:
+            return list(_all(keys, self.backend.contains(keys)))
+        except PLUGIN_ERRORS as error:
+            self._failed("contains", error)
+            return MissReason.ERROR
 
     def has(self, key: ChunkKey) -> bool:
         """Whether the key is known to be stored, or is being written."""
@@ -148,80 +169,125 @@ class StorageTier:
     # -- blocking work, on the lanes -------------------------------------------------------------------------
     def read(self, keys: Sequence[ChunkKey], slots: Sequence[int]) -> list[Outcome]:
         """Fill each slot with its raw chunk, verified. Raw objects land in the slot with their header."""
-        try:
-            return self._read(keys, slots)
-        except (Exception, SystemExit) as error:  # a plugin's surprise ends neither the lane's thread nor the request
-            self._failed("read", error)
-            return [MissReason.ERROR] * len(keys)
-
-    def _read(self, keys: Sequence[ChunkKey], slots: Sequence[int]) -> list[Outcome]:
-        if self._serde is None:
-            views = [self._slots.view(slot) for slot in slots]
-            outcomes = self._fetch(keys, views)
-            for slot, outcome in zip(slots, outcomes, strict=True):
-                self._slots.sealed[slot] = outcome is None
-            return outcomes
-        outcomes = []
-        assert self._staging is not None
-        buffers = self._staging.take(len(keys))
-        try:
-            for at in range(0, len(keys), len(buffers)):
-                some = keys[at : at + len(buffers)]
-                got = self._fetch(some, buffers[: len(some)], slots[at : at + len(buffers)])
-                outcomes += got
-        finally:
-            self._staging.give_back(buffers)
-        return outcomes
-
-    @property
-    def epoch(self) -> int:
-        """Number of clears so far."""
-        return self._epoch
-
-    def write(self, keys: Sequence[ChunkKey], slots: Sequence[int], epoch: int) -> list[Outcome]:
-        """Store the raw chunks of the slots, sealed. Keys already stored or being stored are left alone.
-
-        `epoch` is the tier's when the write was asked for: what was cleared since then is not written.
-        """
-        with self._lock:
-            new = [] if epoch != self._epoch else [i for i, key in enumerate(keys) if not self.has(key)]
-            self._writing.update(keys[i] for i in new)
-        outcomes: list[Outcome] = [None] * len(keys)
+        outcomes: list[Outcome] = []
         try:
             if self._serde is None:
-                views = [self._sealed(keys[i], slots[i]) for i in new]
-                self._store(new, keys, views, outcomes)
-            else:
-                self._encode(new, keys, slots, outcomes)
-        except (Exception, SystemExit) as error:  # as in `read`
-            self._failed("write", error)
-            outcomes = [MissReason.ERROR] * len(keys)
-        finally:
-            with self._lock:
-                self._writing.difference_update(keys[i] for i in new)
-                cleared = epoch != self._epoch
-            if cleared:
-                self.forget([keys[i] for i in new])
+                outcomes = self._fetch(keys, [self._slots.view(slot) for slot in slots])
+                for slot, outcome in zip(slots, outcomes, strict=True):
+                    self._slots.sealed[slot] = outcome is None
+                return outcomes
+            for slot in slots:
+                self._slots.sealed[slot] = 0
+            assert self._staging is not None
+            buffers = self._staging.take(len(keys))
+            try:
+                for at in range(0, len(keys), len(buffers)):
+                    some = keys[at : at + len(buffers)]
+                    outcomes += self._fetch(some, buffers[: len(some)], slots[at : at + len(buffers)])
+            finally:
+                self._staging.give_back(buffers)
+        except PLUGIN_ERRORS as error:
+            self._failed("read", error)
+            outcomes += [MissReason.ERROR] * (len(keys) - len(outcomes))
         return outcomes
 
-    def forget(self, keys: Sequence[ChunkKey]) -> None:
-        """Delete keys from the index and the medium."""
-        self._leave(keys)
-        self._delete(keys)
+    def write(
+        self,
+        keys: Sequence[ChunkKey],
+        slots: Sequence[int],
+        chain: Sequence[ChunkKey] = (),
+        epoch: int | None = None,
+    ) -> list[Outcome]:
+        """Store the raw chunks of the slots, sealed. Keys already stored or being stored are left alone.
 
-    def clear(self) -> None:
-        """Delete everything, also what is being written. Raise what the backend raises; then nothing is forgotten."""
+        `chain`: the whole prefix the keys belong to, so that eviction knows which are the deeper ones. Nothing is
+        stored when the tier was cleared since it had `epoch`.
+        """
         with self._lock:
-            self._epoch += 1
-            gone = list(self._index or ())
-        self.backend.clear()
-        self._leave(gone)
+            epoch = self.epoch if epoch is None else epoch
+            if self._wiping or epoch != self.epoch:
+                return [MissReason.RACED] * len(keys)
+            outcomes: list[Outcome] = [MissReason.RACED if key in self._deleting else None for key in keys]
+            new = [i for i, key in enumerate(keys) if outcomes[i] is None and not self.has(key)]
+            mine = [keys[i] for i in new]
+            self._writing.update(mine)
+        for i in new:
+            outcomes[i] = MissReason.ERROR
+        try:
+            if self._serde is None:
+                self._store([(i, self._sealed(keys[i], slots[i])) for i in new], keys, outcomes, epoch)
+            else:
+                self._encode(new, keys, slots, outcomes, epoch)
+        except PLUGIN_ERRORS as error:
+            self._failed("write", error)
+        finally:
+            if mine and epoch != self.epoch:
+                # Cleared meanwhile, so nothing was entered; what reached the medium after its own clear goes now.
+                self._medium_delete(mine)
+            with self._lock:
+                self._writing.difference_update(mine)
+                if self._index is not None:
+                    self._policy.touch(chain)
+        return outcomes
 
-    def close(self, timeout: float) -> None:
-        """Stop the lanes, then the backend, unless a thread is still inside it."""
-        ended = self.write_lane.close(timeout)
-        if self.read_lane.close(timeout) and ended:
+    # -- clearing --------------------------------------------------------------------------------------------
+    def begin_wipe(self) -> None:
+        """Forget everything, at once. The tier takes and serves nothing until `wipe` has cleared the medium."""
+        with self._lock:
+            self.epoch += 1
+            self._wiping = True
+            if self._index is not None:
+                for key in self._index:
+                    self._policy.remove(key)
+                self._index = {}
+                self._used = 0
+
+    def wipe(self) -> None:
+        """Clear the medium after `begin_wipe`. If that fails, the tier stays out of service until a later clear."""
+        with self._wipe_lock:
+            if not self._wiping:
+                return
+            try:
+                self.backend.clear()
+            except PLUGIN_ERRORS as error:
+                self._failed("clear", error)
+                return
+            with self._lock:
+                self._wiping = False
+                self._deleted(self._undeleted)
+                self._undeleted = {}
+
+    @property
+    def wiping(self) -> bool:
+        """Whether the tier is out of service because a clear has not ended, or failed."""
+        return self._wiping
+
+    # -- life ------------------------------------------------------------------------------------------------
+    def sweep(self) -> None:
+        """Give up on overdue work of both lanes. Called with no lock held."""
+        self.read_lane.sweep()
+        self.write_lane.sweep()
+
+    def stop(self) -> None:
+        """Take no more work; cancel what has not begun. Does not wait."""
+        self.write_lane.stop()
+        self.read_lane.stop()
+
+    def close(self, timeout: float) -> bool:
+        """Stop the lanes, then close the backend; blocks as long as its `close` does.
+
+        False, and the backend stays open, when a thread is still inside it after `timeout` seconds.
+        """
+        end = monotonic() + timeout
+        self.stop()
+        ended = [lane.join(max(0.0, end - monotonic())) for lane in (self.write_lane, self.read_lane)]
+        if not all(ended):
+            return False
+        try:
             self.backend.close()
+        except PLUGIN_ERRORS as error:
+            self._failed("close", error)
+        return True
 
     # -- reading ---------------------------------------------------------------------------------------------
     def _fetch(
@@ -229,17 +295,23 @@ class StorageTier:
     ) -> list[Outcome]:
         try:
             results = _all(keys, self.backend.get_into(keys, buffers))
-        except Exception as error:
+        except PLUGIN_ERRORS as error:
             self._failed("get", error)
             return [MissReason.ERROR] * len(keys)
         outcomes: list[Outcome] = []
         for i, (key, buffer, got) in enumerate(zip(keys, buffers, results, strict=True)):
             if got is None:
-                outcomes.append(MissReason.RACED if self._leave([key]) else MissReason.NOT_STORED)
+                # It was there when it was located.
+                if self._index is not None:
+                    self.forget([key])
+                outcomes.append(MissReason.RACED)
             elif isinstance(got, CorruptChunk):
                 outcomes.append(self._quarantine(key, got))
-            elif not isinstance(got, int):
+            elif isinstance(got, Exception):
                 self._failed("get", got)
+                outcomes.append(MissReason.ERROR)
+            elif not isinstance(got, int) or not 0 <= got <= len(buffer):
+                self._failed("get", BackendError(f"get_into returned {got!r} for a buffer of {len(buffer)} bytes"))
                 outcomes.append(MissReason.ERROR)
             else:
                 try:
@@ -265,18 +337,31 @@ class StorageTier:
             self._serde.decode([obj[HEADER_BYTES:]], [payload])
         except CorruptChunk:
             raise
-        except Exception as error:
+        except PLUGIN_ERRORS as error:
             # A serde's own surprise on bytes it wrote is a defect of the object as far as a reader can tell.
             raise CorruptChunk(MissReason.CORRUPT, f"{type(error).__name__} while decoding: {error}") from error
 
     def _quarantine(self, key: ChunkKey, error: CorruptChunk) -> MissReason:
         """Never serve this object again, and never look at it again."""
-        reason = MissReason(error.reason) if error.reason in set(MissReason) else MissReason.CORRUPT
-        with self._lock:
-            self.counts["quarantined"] += 1
-            self.counts[f"quarantined_{reason}"] += 1
-        self.forget([key])
+        known = error.reason in MissReason.__members__.values()
+        reason = MissReason(error.reason) if known else MissReason.CORRUPT
+        if self.forget([key]):
+            with self._lock:
+                self.counts["quarantined"] += 1
+                self.counts[f"quarantined_{reason}"] += 1
         return reason
+
+    def forget(self, keys: Sequence[ChunkKey]) -> int:
+        """Delete keys from the index and the medium; how many nobody else had deleted or was deleting."""
+        with self._lock:
+            if self._index is None:
+                gone = dict.fromkeys((key for key in keys if key not in self._deleting), 0)
+                self._deleting.update(gone)
+            else:
+                gone = self._take_out([key for key in keys if key in self._index])
+        if gone:
+            self._delete(gone)
+        return len(gone)
 
     # -- writing ---------------------------------------------------------------------------------------------
     def _sealed(self, key: ChunkKey, slot: int) -> memoryview:
@@ -289,133 +374,189 @@ class StorageTier:
         return view
 
     def _encode(
-        self, new: Sequence[int], keys: Sequence[ChunkKey], slots: Sequence[int], outcomes: list[Outcome]
+        self,
+        new: Sequence[int],
+        keys: Sequence[ChunkKey],
+        slots: Sequence[int],
+        outcomes: list[Outcome],
+        epoch: int,
     ) -> None:
         assert self._serde is not None and self._staging is not None
         if not new:
             return
-        buffers = self._staging.take(len(new))
         bound = self._serde.bound()
+        buffers = self._staging.take(len(new))
         try:
             for at in range(0, len(new), len(buffers)):
                 some = new[at : at + len(buffers)]
                 bodies = [buffer[HEADER_BYTES : HEADER_BYTES + bound] for buffer in buffers[: len(some)]]
                 try:
                     sizes = _all(some, self._serde.encode([self._slots.payload(slots[i]) for i in some], bodies))
-                    if not all(0 <= size <= len(body) for size, body in zip(sizes, bodies, strict=True)):
-                        raise BackendError(f"encoded into {sizes} bytes, the bound of {self.codec} is {bound}")
-                except Exception as error:
+                    if not all(0 <= size <= bound for size in sizes):
+                        raise BackendError(f"serde {self.codec}: sizes {sizes} are not within its bound of {bound}")
+                except PLUGIN_ERRORS as error:
                     self._failed("encode", error)
-                    for i in some:
-                        outcomes[i] = MissReason.ERROR
                     continue
                 views = []
-                for i, buffer, size in zip(some, buffers[: len(some)], sizes, strict=True):
+                for i, buffer, size in zip(some, buffers, sizes, strict=False):
                     obj = buffer[: object_bytes(size)]
                     created = self._slots.created[slots[i]]
                     seal.seal(obj, keys[i], self._layout_id, self.codec, self._slots.chunk_bytes, size, created)
-                    views.append(obj)
-                self._store(some, keys, views, outcomes)
+                    views.append((i, obj))
+                self._store(views, keys, outcomes, epoch)
         finally:
             self._staging.give_back(buffers)
 
     def _store(
-        self, new: Sequence[int], keys: Sequence[ChunkKey], views: Sequence[memoryview], outcomes: list[Outcome]
+        self, todo: list[tuple[int, memoryview]], keys: Sequence[ChunkKey], outcomes: list[Outcome], epoch: int
+    ) -> None:
+        """Put objects in parts of at most a quarter of the tier, so that its threads do not take each other's room."""
+        quarter = None if self.capacity is None or self._index is None else self.capacity // 4
+        at = 0
+        while at < len(todo):
+            need, end = 0, at
+            while end < len(todo):
+                size = self.backend.footprint(len(todo[end][1]))
+                if quarter is not None and end > at and need + size > quarter:
+                    break
+                need, end = need + size, end + 1
+            self._put(todo[at:end], keys, outcomes, epoch)
+            at = end
+
+    def _put(
+        self, todo: list[tuple[int, memoryview]], keys: Sequence[ChunkKey], outcomes: list[Outcome], epoch: int
     ) -> None:
         """Put, evicting as needed; an object enters the index only after the backend said that it is stored."""
-        todo = list(zip(new, views, strict=True))
         for attempt in range(_RETRIES + 1):
             if not todo:
                 return
             sizes = [self.backend.footprint(len(view)) for _, view in todo]
+            need = sum(sizes)
             with self._lock:
-                victims = self._shrink(sum(sizes), spare=attempt)
-                # What does not fit even now (a batch larger than the tier, or other writers' bytes) is not written.
-                fits = self._fitting(sizes)
-                charge = sum(sizes[:fits])
-                self._pending += charge
-            try:
-                self._delete(victims)
-                for i, _ in todo[fits:]:
-                    outcomes[i] = MissReason.NO_ROOM
-                if attempt and not victims:
+                victims = self._make_room(need, attempt)
+                if victims is None or (attempt and not victims):
                     break
-                todo = self._put(todo[:fits], keys, sizes[:fits], outcomes) if fits else []
+                # What is written takes the place of what was evicted for it: those bytes are set aside once.
+                reused = min(need, sum(victims.values()))
+                held = need - reused
+                self._held += held
+            try:
+                if victims:
+                    if not self._delete(victims, keep=reused):
+                        return
+                    held = need
+                todo = self._put_once(todo, sizes, keys, outcomes, epoch)
             finally:
                 with self._lock:
-                    self._pending -= charge
+                    self._held -= held
             if self._index is None:
                 break
         for i, _ in todo:
             outcomes[i] = MissReason.NO_ROOM
+        if todo and self._undeleted:
+            self._delete({})
 
-    def _put(
+    def _put_once(
         self,
-        todo: Sequence[tuple[int, memoryview]],
-        keys: Sequence[ChunkKey],
+        todo: list[tuple[int, memoryview]],
         sizes: Sequence[int],
+        keys: Sequence[ChunkKey],
         outcomes: list[Outcome],
+        epoch: int,
     ) -> list[tuple[int, memoryview]]:
-        """Put once; return what found no space."""
+        """One put; returns what found no space."""
         batch = [keys[i] for i, _ in todo]
         try:
-            results = _all(batch, self.backend.put_from(batch, [view for _, view in todo]))
-        except Exception as error:
-            results = [error] * len(todo)
+            results: Sequence[object] = _all(batch, self.backend.put_from(batch, [view for _, view in todo]))
+        except NoSpace:
+            return todo
+        except PLUGIN_ERRORS as error:
+            self._failed("put", error)
+            if self._index is not None:
+                self._medium_delete(batch)  # some may be there, outside the books
+            return []
         again: list[tuple[int, memoryview]] = []
-        stored: list[ChunkKey] = []
-        charged: list[int] = []
-        written = 0
-        for (i, view), size, result in zip(todo, sizes, results, strict=True):
+        stored: list[int] = []
+        for at, (entry, result) in enumerate(zip(todo, results, strict=True)):
             if result is None:
-                stored.append(keys[i])
-                charged.append(size)
-                written += len(view)
+                stored.append(at)
+                outcomes[entry[0]] = None
             elif isinstance(result, NoSpace):
-                again.append((i, view))
+                again.append(entry)
             else:
-                self._failed("put", result)
-                outcomes[i] = MissReason.ERROR
+                self._failed("put", result if isinstance(result, Exception) else BackendError(f"put_from: {result!r}"))
         with self._lock:
-            self._enter(stored, charged)
-            self.counts["written_bytes"] += written
+            if epoch == self.epoch:
+                self._enter([batch[at] for at in stored], [sizes[at] for at in stored])
+            self.counts["written"] += len(stored)
+            self.counts["written_bytes"] += sum(len(todo[at][1]) for at in stored)
         return again
 
-    def _fitting(self, sizes: Sequence[int]) -> int:
-        """How many objects of these sizes, from the first on, fit beside what is stored and being put. Lock held."""
-        if self._index is None or self.capacity is None:
-            return len(sizes)
-        room = self.capacity - self._used - self._pending
-        for count, size in enumerate(sizes):
-            room -= size
-            if room < 0:
-                return count
-        return len(sizes)
-
-    def _shrink(self, need: int, spare: int = 0) -> list[ChunkKey]:
-        """Take the coldest keys, at least `spare`, out of the index until `need` more bytes fit. Lock held."""
+    # -- room ------------------------------------------------------------------------------------------------
+    def _make_room(self, need: int, spare: int) -> dict[ChunkKey, int] | None:
+        """Evict until `need` more bytes fit, at least `spare` keys; None when they never will. Lock held."""
         if self._index is None:
-            return []
-        over = self._used + self._pending + need - self.capacity if self.capacity is not None else 0
+            return {}
+        return self._evict(self._used + self._held + need - self.capacity if self.capacity is not None else 0, spare)
+
+    def _evict(self, over: int, spare: int) -> dict[ChunkKey, int] | None:
+        """Take the coldest keys, of `over` bytes or more, out of the index; None when it has not so many. Lock held."""
+        assert self._index is not None
+        if over > self._used:
+            return None
         victims: list[ChunkKey] = []
         freed = 0
-        for key in islice(self._policy.coldest(), len(self._index)):
-            if freed >= over and len(victims) >= spare:
-                break
-            victims.append(key)
-            freed += self._index[key]
-        for key in victims:
-            self._used -= self._index.pop(key)
-            self._policy.remove(key)
+        if over > 0 or spare > 0:
+            for key in self._policy.coldest():
+                victims.append(key)
+                freed += self._index[key]
+                if freed >= over and len(victims) >= spare:
+                    break
         self.counts["evicted"] += len(victims)
-        return victims
+        return self._take_out(victims)
 
-    def _delete(self, keys: Sequence[ChunkKey]) -> None:
-        if keys:
-            try:
-                self.backend.delete(keys)
-            except (Exception, SystemExit) as error:
-                self._failed("delete", error)
+    def _take_out(self, keys: Iterable[ChunkKey]) -> dict[ChunkKey, int]:
+        """Take keys out of the index, to be deleted; their bytes stay set aside until they are. Lock held."""
+        assert self._index is not None
+        gone: dict[ChunkKey, int] = {}
+        for key in keys:
+            gone[key] = self._index.pop(key)
+            self._policy.remove(key)
+        nbytes = sum(gone.values())
+        self._used -= nbytes
+        self._held += nbytes
+        self._deleting.update(gone)
+        return gone
+
+    def _delete(self, gone: dict[ChunkKey, int], keep: int = 0) -> bool:
+        """Delete what was taken out of the index, and what could not be deleted before; whether that is done.
+
+        `keep`: bytes of it that stay set aside then, for what takes their place.
+        """
+        with self._lock:
+            gone = {**self._undeleted, **gone}
+            self._undeleted = {}
+        done = self._medium_delete(list(gone))
+        with self._lock:
+            if done or self._index is None:
+                self._deleted(gone)
+                self._held += keep
+            else:
+                self._undeleted.update(gone)
+        return done
+
+    def _deleted(self, gone: dict[ChunkKey, int]) -> None:
+        self._held -= sum(gone.values())
+        for key in gone:
+            self._deleting.pop(key, None)
+
+    def _medium_delete(self, keys: Sequence[ChunkKey]) -> bool:
+        try:
+            self.backend.delete(keys)
+        except PLUGIN_ERRORS as error:
+            self._failed("delete", error)
+            return False
+        return True
 
     # -- books -----------------------------------------------------------------------------------------------
     def _enter(self, keys: Sequence[ChunkKey], sizes: Sequence[int]) -> None:
@@ -425,54 +566,51 @@ class StorageTier:
                 self._index[key] = nbytes
             self._policy.add(keys)
 
-    def _leave(self, keys: Sequence[ChunkKey]) -> bool:
-        """Take keys out of the index; whether any was in it."""
-        if self._index is None:
-            return False
-        any_left = False
-        with self._lock:
-            for key in keys:
-                nbytes = self._index.pop(key, None)
-                if nbytes is not None:
-                    any_left = True
-                    self._used -= nbytes
-                    self._policy.remove(key)
-        return any_left
-
     def count(self, name: str, by: int = 1) -> None:
         """Add to a counter; several threads count at once."""
         with self._lock:
             self.counts[name] += by
 
-    def _contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
-        try:
-            return _all(keys, self.backend.contains(keys))
-        except (Exception, SystemExit) as error:
-            self._failed("contains", error)
-            return [False] * len(keys)
-
-    def usage(self) -> Usage | None:
-        """What the medium holds, or None when it cannot say."""
-        try:
-            return self.backend.usage()
-        except (Exception, SystemExit) as error:
-            self._failed("usage", error)
-            return None
-
-    def _failed(self, operation: str, error: object) -> None:
+    def _failed(self, operation: str, error: BaseException) -> None:
+        text = f"{operation}: {type(error).__name__}: {error}" if str(error) else f"{operation}: {error!r}"
         with self._lock:
             self.counts[f"{operation}_errors"] += 1
-        self.last_error = f"{operation}: {type(error).__name__}: {error}" if str(error) else f"{operation}: {error!r}"
+            self.last_error = text[:_MESSAGE_CHARS]
 
     last_error: str = ""
     """The latest error of the backend, for `stats()` and people."""
 
-    def check(self) -> None:
-        """Raise `AssertionError` when index, policy and usage disagree. Call when nothing is being written."""
-        if self._index is None:
-            return
+    def stats(self) -> dict[str, Any]:
+        """Counters since start-up, and the state now. Plain data."""
+        try:
+            usage = self.backend.usage()
+        except PLUGIN_ERRORS as error:
+            self._failed("usage", error)
+            usage = None
         with self._lock:
-            assert not self._pending, f"tier {self.name}: {self._pending} bytes charged for puts that ended"
+            counts = dict(self.counts)
+        return {
+            **counts,
+            "used_bytes": self._used,
+            "objects": usage.objects if usage else None,
+            "allocated_bytes": usage.allocated_bytes if usage else None,
+            "read_paused": self.read_lane.breaker.open or self.ask_breaker.open,
+            "write_paused": self.write_lane.breaker.open,
+            "wiping": self._wiping,
+            "last_error": self.last_error,
+        }
+
+    def check(self) -> None:
+        """Raise `AssertionError` when index, policy and usage disagree. Call when nothing is being read or written."""
+        for lane in (self.read_lane, self.write_lane):
+            assert not lane.defects, f"{lane.defects} jobs of lane {lane.name} raised"
+        with self._lock:
+            assert not self._writing, f"tier {self.name}: {len(self._writing)} keys are still being written"
+            undeleted = sum(self._undeleted.values())
+            assert self._held == undeleted, f"tier {self.name}: {self._held} bytes set aside, {undeleted} to be deleted"
+            assert self._deleting == self._undeleted, f"tier {self.name}: deletions without an end"
+            if self._index is None:
+                return
             total = sum(self._index.values())
             assert self._used == total, f"tier {self.name}: {self._used} bytes in the books, {total} in the index"
             assert set(self._policy.coldest()) == self._index.keys(), f"tier {self.name}: policy and index disagree"
@@ -480,10 +618,10 @@ class StorageTier:
                 assert total <= self.capacity, f"tier {self.name}: {total} bytes over its capacity {self.capacity}"
 
 
-def _all(keys: Sequence[object], results: list[_T]) -> list[_T]:
+def _all(keys: Sequence[object], results: Sequence[_T]) -> Sequence[_T]:
     """The results, if there is one for each key: anything else would attach outcomes to the wrong chunks."""
     if len(results) != len(keys):
-        raise BackendError(f"{len(results)} results for {len(keys)} keys: a backend returns exactly one for each")
+        raise BackendError(f"{len(results)} results for {len(keys)} keys: a plugin returns exactly one for each")
     return results
 
 

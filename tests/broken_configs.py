@@ -295,6 +295,7 @@ YAML: dict[str, tuple[str, list[Says]]] = {
     "a word": ("tiers\n", [("1:1", "", "", "the file holds a single value")]),
     "a mapping as a key": ("{a: b}: c\n", [("1:1", "", "", "a key must be a plain word")]),
     "too deep": ("tiers: " + "[" * 40 + "]" * 40, [("1:23", "", "", "nested more than 16 levels")]),
+    "too many": ("tiers:\n" + "- a\n" * 5000, [("", "", "", "more than 1024 settings")]),
     "control character": (change("dram", "dr\x07am"), [("", "", "", "not valid YAML")]),
 }
 
@@ -336,7 +337,10 @@ TOML: dict[str, tuple[str, list[Says]]] = {
     ),
     "no quotes": (TOML_GOOD.replace('"dram"', "dram"), [("4:8", "", "", "not valid TOML")]),
     "unclosed": (TOML_GOOD.replace('{ type = "cpu" }', '{ type = "cpu"'), [("6:", "", "", "not valid TOML")]),
-    "too deep": ("a = " + "[" * 5000 + "]" * 5000, [("", "", "", "nested too deeply")]),
+    "far too deep": ("a = " + "[" * 5000 + "]" * 5000, [("", "", "", "nested too deeply")]),
+    "too deep": ("a = " + "[" * 20 + "]" * 20, [("", "", "", "nested more than 16 levels deep")]),
+    "a key of many parts": (".".join("a" * 30_000) + " = 1", [("", "", "", "nested more than 16 levels deep")]),
+    "too many": ("a = [" + "1," * 5000 + "]", [("", "", "", "more than 1024 settings")]),
 }
 
 ENVIRONMENT: dict[str, tuple[dict[str, str], Says]] = {
@@ -350,6 +354,8 @@ ENVIRONMENT: dict[str, tuple[dict[str, str], Says]] = {
     "no setting": ({"LMCACHE__TIERS__NVME": "1"}, ("", "tiers.nvme", "", "the name of the setting is missing")),
     "empty part": ({"LMCACHE__TIERS____CAPACITY": "1"}, ("", "", "", "a setting's name is missing")),
     "below a value": ({"LMCACHE__CHUNK_TOKENS__X": "1"}, ("", "chunk_tokens", "", "is not a mapping")),
+    "deep list": ({"LMCACHE__PLUGINS": "[" * 50 + "]" * 50}, ("", "plugins", "", "nested more than 16 levels")),
+    "bottomless list": ({"LMCACHE__PLUGINS": "[" * 50_000 + "]" * 50_000}, ("", "plugins", "", "not valid JSON")),
     "broken list": ({"LMCACHE__PLUGINS": "[watch"}, ("", "plugins", "", "is not valid JSON")),
     "no list": ({"LMCACHE__PLUGINS": "watch"}, ("", "plugins", "watch", "must be a list")),
 }

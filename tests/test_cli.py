@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import shlex
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import yaml
 from dists import Distributions
 
 from lmcache_backends.gds import GdsConfig
+from lmcache_core import cli
 from lmcache_core.build import build
 from lmcache_core.cli import check, explain, layouts, main
 from lmcache_core.cli.schema import schema
@@ -427,6 +430,17 @@ def test_version_help_and_usage(capsys: Capture) -> None:
         out, err = capsys.readouterr()
         assert exit_.value.code == code
         assert says in out + err
+
+
+def test_every_command_module_is_registered_and_can_speak_json(capsys: Capture) -> None:
+    names = {info.name for info in pkgutil.iter_modules(cli.__path__)}
+    modules = {name: importlib.import_module(f"lmcache_core.cli.{name}") for name in names}
+    commands = {name for name, module in modules.items() if hasattr(module, "add")}
+    assert commands == {command.__name__.rpartition(".")[2] for command in cli.COMMANDS}
+    for name in sorted(commands - {"bench"}):
+        with pytest.raises(SystemExit):
+            main([name.replace("_", "-"), "--help"])
+        assert "--json" in capsys.readouterr().out
 
 
 def test_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-import string
-import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from dists import Distributions
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lmcache_backends.cpu import CpuConfig
 from lmcache_backends.gds import GdsConfig
-from lmcache_core.config import DEFAULT_CONFIG, LaneConfig, Loaded, PipelineConfig, TierConfig, load, machine, text
-from lmcache_core.config.diagnose import shorten
+from lmcache_core.config import (
+    DEFAULT_CONFIG,
+    LaneConfig,
+    PipelineConfig,
+    TierConfig,
+    classic,
+    load,
+    machine,
+)
+from lmcache_core.config.findings import Code, shorten
 from lmcache_core.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -237,215 +240,6 @@ def test_tier_names_fold_dashes_in_the_environment(tmp_path: Path) -> None:
     assert load(file, env={"LMCACHE__TIERS__NVME_0__WRITE": "never"}).config.tiers[1].write == "never"
 
 
-# -- reading text --------------------------------------------------------------------------------------------
-
-WORDS = st.text(st.characters(exclude_categories=["C", "Z"], include_characters=" "), max_size=8)
-PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**18), 10**18) | WORDS | st.floats(-1e6, 1e6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
-    max_leaves=12,
-)
-
-
-@given(st.dictionaries(st.text(alphabet=string.ascii_letters, min_size=1, max_size=6), PLAIN, max_size=4))
-def test_json_is_yaml_with_places(data: dict[str, Any]) -> None:
-    doc = text.parse_yaml("x", json.dumps(data, ensure_ascii=False))
-    assert doc.data == data
-    assert doc.problems == []
-    assert set(doc.places) == {(), *locs(data)}
-    lines = text.parse_yaml("x", json.dumps(data, indent=1, ensure_ascii=False)).places
-    assert len({place for loc, place in lines.items() if loc}) == len(lines) - 1, "every setting has its own place"
-
-
-@given(st.dictionaries(st.text(alphabet=string.ascii_letters, min_size=1, max_size=6), PLAIN, max_size=4))
-def test_what_pyyaml_writes_reads_back(data: dict[str, Any]) -> None:
-    assert text.parse_yaml("x", yaml.safe_dump(data)).data == data
-
-
-def locs(value: Any, loc: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield (*loc, key)
-        yield from locs(item, (*loc, key))
-
-
-@pytest.mark.parametrize(
-    "written, value",
-    [
-        ("on", "on"),
-        ("yes", "yes"),
-        ("True", True),
-        ("~", None),
-        ("", None),
-        ("12:30", "12:30"),
-        ("2024-01-01", "2024-01-01"),
-        ("010", 10),
-        ("0o10", 8),
-        ("0x10", 16),
-        ("1_000", "1_000"),
-        ("+5", 5),
-        ("1.5", 1.5),
-        ("1e3", 1000.0),
-        ("'5'", "5"),
-        ('"\\u00e9"', "é"),
-        ("9" * 5000, "9" * 5000),
-        ("| \n  two\n  lines\n", "two\nlines\n"),
-    ],
-)
-def test_scalars_follow_the_core_schema(written: str, value: Any) -> None:
-    assert text.parse_yaml("x", f"key: {written}").data == {"key": value}
-
-
-TRICKY_TOML = [
-    'a = 1\nb.c = "x # not a comment"\n"d e".f = 2 # comment\n',
-    "[t]\nx = [1, 2, # one\n  [3], {y = 4, z = [5]}]\n[t.u]\nv = '''\nw = 1\n[no]\n'''\n",
-    '[[a]]\nb = 1\n[[a]]\n[a.c]\nd = 2\n[[a.e]]\nf = 3\n[[a.e]]\nf = 4\n[z]\ny = """\\"""" \n',
-    "x = []\ny = {}\nz = [[], {}, [[]]]\n'q.r' = 1979-05-27T07:32:00Z\ns = -inf\n",
-    'k = """a""quoted""" \nl = """"tight""""\nm = ""\nn = \'\'\n',
-    "[ a . b ]\r\nc=1\r\n",
-    "a = { b.c = 1, b.d = [ { e = 2 } ] }\n",
-]
-
-
-@pytest.mark.parametrize("content", TRICKY_TOML)
-def test_toml_places_cover_every_setting(content: str) -> None:
-    data = tomllib.loads(content)
-    doc = text.parse_toml("x", content)
-    assert doc.data == data
-    assert set(doc.places) == {(), *locs(data)}
-
-
-TOML_VALUES = st.recursive(
-    st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=10,
-)
-
-
-def toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[\n" + ",\n".join(map(toml, value)) + "]"
-    return json.dumps(value)
-
-
-@given(st.dictionaries(st.text(max_size=4), TOML_VALUES, max_size=4))
-def test_toml_places_of_any_document(data: dict[str, Any]) -> None:
-    # JSON's escapes are TOML's, but for DEL, which TOML wants escaped, and surrogates, which it has none of.
-    content = "\n".join(f"{json.dumps(key)} = {toml(item)}" for key, item in data.items()).replace("\x7f", "\\u007f")
-    try:
-        expected = tomllib.loads(content)
-    except tomllib.TOMLDecodeError:
-        return
-    doc = text.parse_toml("x", content)
-    assert doc.data == expected
-    assert set(doc.places) == {(), *locs(expected)}
-
-
-def test_toml_places_are_exact() -> None:
-    doc = text.parse_toml("x", '[[a]]\nb = 1\n  c = {d = 1, "e" = [1,\n 2]}\n[a.f]\ng.h = 1\n')
-    assert doc.places["a", 0] == (1, 3)
-    assert doc.places["a", 0, "c", "d"] == (3, 8)
-    assert doc.places["a", 0, "c", "e"] == (3, 15)
-    assert doc.places["a", 0, "c", "e", 1] == (4, 2)
-    assert doc.places["a", 0, "f", "g", "h"] == (6, 1)
-
-
-# -- classic keys --------------------------------------------------------------------------------------------
-
-CLASSIC = """\
-chunk_size: 128
-local_cpu: true
-max_local_cpu_size: 0.5
-local_disk: "file://DIR/kv/"
-max_local_disk_size: 1.5
-cache_policy: LRU
-remote_serde: naive
-remote_url: null
-save_unfull_chunk: true
-enable_p2p: false
-nixl_role: sender
-extra_config: {a: 1}
-"""
-
-
-def test_a_classic_file_becomes_tiers(tmp_path: Path) -> None:
-    file = write(tmp_path, CLASSIC)
-    loaded = load(file, env={})
-    assert loaded.config == PipelineConfig(
-        chunk_tokens=128,
-        tiers=(
-            TierConfig(name="dram", capacity=GIB // 2, backend=CpuConfig()),
-            TierConfig(name="disk", capacity=3 * GIB // 2, backend=GdsConfig(path=tmp_path / "kv")),
-        ),
-    )
-    assert loaded.provenance["chunk_tokens"] == f"{file}:1"
-    assert loaded.provenance["tiers[0].capacity"] == f"{file}:3"
-    assert loaded.provenance["tiers[1].backend.path"] == f"{file}:4"
-    assert loaded.provenance["tiers[1].write"] == "default"
-    ignored = [note.split("`")[1] for note in loaded.notes]
-    assert ignored == ["save_unfull_chunk", "enable_p2p", "nixl_role", "extra_config"]
-    assert loaded.notes[0] == f"{file}:9: `save_unfull_chunk` is ignored: only whole chunks are stored"
-
-
-def test_classic_variables_win_over_a_classic_file_and_stand_alone(tmp_path: Path) -> None:
-    file = write(tmp_path, CLASSIC)
-    env = {"LMCACHE_CHUNK_SIZE": "64", "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.25", "LMCACHE_LOCAL_CPU": "False"}
-    loaded = load(file, env=env)
-    assert loaded.config.chunk_tokens == 64
-    assert loaded.config.tiers[0].capacity == GIB // 4
-    assert loaded.provenance["tiers[0].capacity"] == "env:LMCACHE_MAX_LOCAL_CPU_SIZE"
-    assert any("`local_cpu: false` keeps a memory tier" in note for note in loaded.notes)
-    alone = load(None, env=env)
-    assert (alone.source, alone.config.chunk_tokens, len(alone.config.tiers)) == ("environment", 64, 1)
-    assert load(None, env={**env, "LMCACHE__CHUNK_TOKENS": "32"}).config.chunk_tokens == 32, "overlays come last"
-
-
-def test_classic_variables_beside_a_tiered_file_are_reported(tmp_path: Path) -> None:
-    loaded = load(write(tmp_path, YAML), env={"LMCACHE_CHUNK_SIZE": "64", "LMCACHE_NATIVE": "0"})
-    assert loaded.config.chunk_tokens == 128
-    assert len(loaded.notes) == 1
-    assert loaded.notes[0].startswith("env:LMCACHE_CHUNK_SIZE: is ignored")
-
-
-@pytest.mark.parametrize(
-    "line, path, value, says",
-    [
-        ("chunk_size: abc", "chunk_size", "abc", "must be a whole number"),
-        ("max_local_cpu_size: -3", "max_local_cpu_size", "-3", "must be a size in GiB"),
-        ("max_local_cpu_size: lots", "max_local_cpu_size", "lots", "must be a size in GiB"),
-        ("max_local_cpu_size: [1]", "max_local_cpu_size", "[...]", "must be a size in GiB"),
-        ("max_local_cpu_size: 1e6", "max_local_cpu_size", "1000000.0", "can be allocated now"),
-        ("max_local_cpu_siz: 3", "max_local_cpu_siz", "3", "did you mean `max_local_cpu_size`?"),
-        ("local_cpu: perhaps", "local_cpu", "perhaps", "must be true or false"),
-        ("local_disk: DIR/kv", "local_disk", "DIR/kv", "needs `max_local_disk_size`"),
-        ("local_disk: true", "local_disk", "true", "must be a directory"),
-        ("local_disk: /a,/b", "local_disk", "/a,/b", "several directories need a tier each"),
-        ("cache_policy: S4-FIFO", "cache_policy", "S4-FIFO", "no eviction policy `s4-fifo` is installed"),
-        ("remote_url: far://h", "remote_url", "far://h", "`pip install lmcache-backend-far`"),
-        ("remote_url: host", "remote_url", "host", "must be a URL"),
-        ("colour: red", "colour", "red", "unknown key"),
-    ],
-)
-def test_classic_mistakes_name_the_classic_key(tmp_path: Path, line: str, path: str, value: str, says: str) -> None:
-    rest = "" if line.startswith("max_local_cpu_size") else "max_local_cpu_size: 0.1\n"
-    file = write(tmp_path, f"{line}\nsave_decode_cache: false\n{rest}")
-    with pytest.raises(ConfigError) as error:
-        load(file, env={})
-    [problem] = error.value.problems
-    assert (problem.where, problem.path) == (f"{file}:1:1", path)
-    assert problem.value == value.replace("DIR", str(tmp_path))
-    assert says in f"{problem.what} {problem.fix}"
-
-
-def test_a_remote_url_reaches_its_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(tmp_path))
-    Distributions(tmp_path).backend("s3")
-    loaded = load({"remote_url": "s3://bucket/kv", "remote_serde": "naive", "max_local_cpu_size": 0.1}, env={})
-    backend = loaded.config.tiers[1].backend
-    assert (backend.type, backend.url) == ("s3", "s3://bucket/kv")  # type: ignore[attr-defined]
-
-
 # -- secrets -------------------------------------------------------------------------------------------------
 
 CANARY = "hunter2-canary"
@@ -491,7 +285,7 @@ def test_secrets_from_the_environment_and_in_dumps_stay_hidden() -> None:
     loaded = load({"tiers": tiers}, env=env)
     backend: Any = loaded.config.tiers[1].backend
     assert backend.access_key.get_secret_value() == CANARY, "the plugin itself gets it"
-    assert CANARY not in str(loaded.provenance) + str(loaded.notes) + backend.access_key.__repr__()
+    assert CANARY not in repr(loaded) + str(loaded.config) + str(loaded.provenance)
     with pytest.raises(ConfigError) as error:
         load({"tiers": tiers}, env={**env, "LMCACHE__TIERS__COLD__BACKEND__REGION": "[1]"})
     assert CANARY not in str(error.value)
@@ -513,73 +307,20 @@ def test_values_are_shown_short_and_on_one_line() -> None:
     assert shorten("") == "''"
 
 
-# -- the machine ---------------------------------------------------------------------------------------------
-
-
-def proc(directory: Path, cgroup: str) -> None:
-    (directory / "proc/self").mkdir(parents=True)
-    (directory / "proc/meminfo").write_text("MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 800 kB\n")
-    (directory / "proc/self/cgroup").write_text(cgroup)
-
-
-def group(directory: Path, files: dict[str, str]) -> None:
-    directory.mkdir(parents=True)
-    for name, content in files.items():
-        (directory / name).write_text(content)
-
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(machine, "_PROC", tmp_path / "proc")
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path / "cg")
-    return tmp_path
-
-
-def test_memory_without_a_cgroup(fake: Path) -> None:
-    proc(fake, "")
-    assert (machine.memory_total(), machine.memory_available()) == (1000 << 10, 800 << 10)
-
-
-def test_memory_of_nested_version_2_groups(fake: Path) -> None:
-    proc(fake, "0::/pod/box\n")
-    inner = {"memory.max": "max\n", "memory.current": "5\n", "memory.stat": "anon 5\n"}
-    outer = {"memory.max": "500000\n", "memory.current": "300000\n", "memory.stat": "anon 1\ninactive_file 100000\n"}
-    group(fake / "cg", {"memory.max": "max"})
-    group(fake / "cg/pod", outer)
-    group(fake / "cg/pod/box", inner)
-    assert (machine.memory_total(), machine.memory_available()) == (500000, 300000)
-
-
-def test_memory_of_a_version_1_group_seen_from_inside(fake: Path) -> None:
-    proc(fake, "9:memory:/host/only/path\n2:cpu:/x\n0::/\n")
-    files = {
-        "memory.limit_in_bytes": "400000",
-        "memory.usage_in_bytes": "390000",
-        "memory.stat": "cache 1 total_inactive_file 90000",
-    }
-    group(fake / "cg/memory", files)
-    assert (machine.memory_total(), machine.memory_available()) == (400000, 100000)
-
-
-def test_a_group_without_a_limit_does_not_count(fake: Path) -> None:
-    proc(fake, "9:memory:/x\n")
-    files = {"memory.limit_in_bytes": "9223372036854771712", "memory.usage_in_bytes": "1", "memory.stat": ""}
-    group(fake / "cg/memory/x", files)
-    assert machine.memory_total() == 1000 << 10
-
-
-def test_a_budget_above_the_groups_limit_is_refused(fake: Path) -> None:
-    proc(fake, "0::/\n")
-    group(fake / "cg", {"memory.max": "500000", "memory.current": "100000", "memory.stat": ""})
-    tier = {"name": "dram", "capacity": 450000, "backend": {"type": "cpu"}}
-    with pytest.raises(ConfigError, match=r"439 KiB of memory are more than the 391 KiB"):
-        load({"tiers": [tier]}, env={})
-    assert isinstance(load({"tiers": [{**tier, "capacity": 390000}]}, env={}), Loaded)
-
-
 # -- examples ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.[yt][ao]ml")), ids=lambda path: path.name)
 def test_examples_load(example: Path) -> None:
     assert load(example, env={}).config.tiers[0].backend.in_memory
+
+
+def test_the_manual_names_every_key_and_every_code() -> None:
+    manual = (ROOT / "docs/configuration.md").read_text()
+    for model in (PipelineConfig, TierConfig, LaneConfig):
+        for key in model.model_fields:
+            assert f"| `{key}` |" in manual
+    for code in Code:
+        assert f"| `{code}` |" in manual
+    for key in classic.TRANSLATED:
+        assert f"`{key}`" in manual

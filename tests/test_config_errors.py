@@ -90,7 +90,7 @@ def test_environment(tmp_path: Path, place: Callable[[str], str], name: str) -> 
     "content, says",
     [
         (None, "no such file or directory"),
-        (b"x" * (1 << 20 | 1), "is larger than 1 MiB"),
+        (b"x" * (1 << 16 | 1), "is larger than 64 KiB"),
         (b"tiers: \xff\xfe", "is not UTF-8 text (byte 7)"),
     ],
     ids=["absent", "huge", "binary"],

@@ -44,3 +44,4 @@ def test_closest() -> None:
     assert closest("zzz", words) is None
     assert closest("xx", ["lru"]) is None
     assert closest("anything", []) is None
+    assert closest("x" * 10**6, words) is None, "and it does not take long to see"

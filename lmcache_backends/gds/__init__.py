@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from lmcache_backends.gds.backend import DiskBackend, FileBackend, SegmentBackend
-from lmcache_backends.gds.files import FileVolume, file_footprint
+from lmcache_backends.gds.files import FileVolume, file_footprint, least_capacity
 from lmcache_backends.gds.folder import Folder, Io
 from lmcache_backends.gds.geometry import Geometry
 from lmcache_backends.gds.segments import SegmentVolume
@@ -61,6 +61,9 @@ class GdsConfig(BackendConfig):
             raise _problem(context, "a disk tier needs a capacity", "write one, e.g. `capacity: 20GiB`")
         if self.mode == "files":
             inodes = self.inodes or DEFAULT_INODES
+            least = least_capacity(context.object_bytes)
+            if capacity < least:
+                raise _problem(context, f"{capacity} bytes cannot hold one object beside the directories", _more(least))
 
             def open_files(device: int | None) -> FileVolume:
                 return FileVolume(Folder(self.path, device), capacity, inodes, self.io, self.free_floor)

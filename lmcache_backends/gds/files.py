@@ -36,6 +36,7 @@ _BATCH = 16
 """Files open at once per call."""
 _ENTRY_SLACK = 3 * PAGE
 """Room kept for what one more file may cost beside its data: two directories, or a block of one and one of extents."""
+_DIRECTORIES = 3 + 16 + 256
 TOUCH_SECONDS = 60
 """A read renews the access time of a file when it is older than this."""
 
@@ -48,6 +49,11 @@ class _File(NamedTuple):
 def file_footprint(nbytes: int) -> int:
     """Whole blocks, and one for the name and the inode's extents."""
     return round_up(nbytes) + PAGE
+
+
+def least_capacity(object_bytes: int) -> int:
+    """Bytes that hold one object beside the directories of all fan-out, which are never removed."""
+    return file_footprint(object_bytes) + _DIRECTORIES * PAGE + _ENTRY_SLACK
 
 
 class FileVolume:
@@ -203,7 +209,8 @@ class FileVolume:
                     self._unreserve(nbytes)
                     results[i] = transfer.no_space(error, name)
             if writes:
-                spans = [transfer.span(fd.number, 0, buffers[i], len(buffers[i])) for i, _, fd in writes]
+                pad = bool(self._direct)
+                spans = [transfer.span(fd.number, 0, buffers[i], len(buffers[i]), pad=pad) for i, _, fd in writes]
                 killpoint("put.before_data")
                 done = transfer.write(spans)
                 killpoint("put.after_data")
@@ -212,7 +219,8 @@ class FileVolume:
                         results[i] = transfer.failure(got, name)
                         continue
                     try:
-                        os.ftruncate(fd.number, len(buffers[i]))
+                        if span.nbytes != len(buffers[i]):
+                            os.ftruncate(fd.number, len(buffers[i]))
                         self._publish(keys[i], name, _File(len(buffers[i]), fd.allocated), epoch)
                     except OSError as error:
                         results[i] = transfer.no_space(error, name)

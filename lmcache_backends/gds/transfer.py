@@ -23,8 +23,8 @@ class Span(NamedTuple):
     nbytes: int
 
 
-def span(fd: int, offset: int, buffer: memoryview, nbytes: int) -> Span:
-    """The range for an object of `nbytes` in `buffer`, padded to whole pages.
+def span(fd: int, offset: int, buffer: memoryview, nbytes: int, *, pad: bool = True) -> Span:
+    """The range for an object of `nbytes` in `buffer`, padded to whole pages unless told otherwise.
 
     The padding reaches at most to the end of the buffer's last page, which is mapped because the buffer is page
     aligned. Raise `ValueError` for a buffer that is not.
@@ -32,7 +32,7 @@ def span(fd: int, offset: int, buffer: memoryview, nbytes: int) -> Span:
     address = _native.address_of(buffer)
     if address % PAGE:
         raise ValueError(f"buffer at {address:#x} is not aligned to {PAGE} bytes")
-    return Span(fd, offset, address, round_up(nbytes))
+    return Span(fd, offset, address, round_up(nbytes) if pad else nbytes)
 
 
 def read(spans: Sequence[Span]) -> list[int]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from lmcache_core.types import COMPUTED
 
@@ -28,8 +29,8 @@ RECOMPUTE, DRAM, DISK = "recompute", "dram", "disk"
 
 QUESTIONS = (
     "How old must a person be to become President?",
-    "Who has the sole power to try all impeachments?",
-    "For how long is a Representative elected?",
+    "Who is Commander in Chief of the Army and Navy?",
+    "What does the President say in the oath?",
 )
 
 
@@ -157,15 +158,15 @@ class Report:
     def step(self, text: str) -> Iterator[Callable[[str], None]]:
         """Show `text` with a spinner until the block ends; call the yielded function to change the text."""
         if self.console.is_terminal:
-            with self.console.status(text) as status:
-                yield lambda new: status.update(new)
+            with self.console.status(escape(text)) as status:
+                yield lambda new: status.update(escape(new))
         else:
-            self.console.print(text)
-            yield lambda new: self.console.print(new)
+            self.console.print(text, markup=False)
+            yield lambda new: self.console.print(new, markup=False)
 
     def note(self, text: str) -> None:
         """Show one line."""
-        self.console.print(text)
+        self.console.print(text, markup=False)
 
 
 Run = Callable[[DemoOptions, Report], DemoResult]
@@ -197,7 +198,7 @@ def build_prompts(tokenizer: Any, options: DemoOptions) -> Prompts:
     The pieces are tokenised one by one, so the prefix is the same ids for every question. Raise `ValueError` when the
     document is too short.
     """
-    content = "\x00\n\nAnswer from the text above, in one short sentence. \x01"
+    content = "\x00\n\nQuestion about the text above: \x01"
     if getattr(tokenizer, "chat_template", None):
         chat = [{"role": "user", "content": content}]
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

@@ -22,6 +22,7 @@ import transformers
 
 from lmcache_core.adapters.transformers import Handle, attach
 from lmcache_core.cli.demo_common import DRAM, Answer, DemoOptions, build_prompts, drop_page_cache
+from lmcache_core.errors import LMCacheError
 from lmcache_core.types import COMPUTED
 
 
@@ -82,6 +83,8 @@ class Session:
     def ask_cached(self, handle: Handle, prompt: torch.Tensor) -> Answer:
         """The same through the cache, with the sources of the prompt's chunks."""
         answer = self.ask(prompt)
+        if handle.last.bypass is not None:
+            raise LMCacheError(f"the call was passed through uncached: {handle.last.bypass}")
         answer.sources = list(handle.last.sources)
         answer.load_s = handle.last.load_s
         return answer

@@ -9,10 +9,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from lmcache_core import redact
 from lmcache_core.build import STAGING_PER_THREAD
 from lmcache_core.cli.console import OK, add_json, emit, table
 from lmcache_core.cli.layouts import PRESETS, add_model, flat, of_model, preset
-from lmcache_core.config import Loaded, TierConfig, load, machine, secrets
+from lmcache_core.config import Loaded, TierConfig, load, machine
 from lmcache_core.config.findings import Loc, dotted
 from lmcache_core.layout import KVLayout
 from lmcache_core.protocols import SerdeContext
@@ -85,8 +86,8 @@ def settings(loaded: Loaded) -> list[dict[str, Any]]:
             for i, item in enumerate(value):
                 walk(item, shown[i], (*loc, i))
         else:
-            hidden = isinstance(shown, str) and secrets.telling(str(loc[-1]))
-            plain = secrets.HIDDEN if hidden else secrets.hide_urls(shown) if isinstance(shown, str) else shown
+            hidden = isinstance(shown, str) and redact.telling(str(loc[-1]))
+            plain = redact.HIDDEN if hidden else redact.hide_urls(shown) if isinstance(shown, str) else shown
             found.append({"path": dotted(loc), "value": plain, "origin": loaded.provenance[dotted(loc)]})
 
     walk(loaded.config, loaded.config.model_dump(mode="json"), ())

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from lmcache_core.config.draft import OVERLAY, Draft, Origin
 from lmcache_core.config.findings import Code, shorten
-from lmcache_core.config.secrets import HIDDEN, telling
 from lmcache_core.errors import Problem
+from lmcache_core.redact import HIDDEN, telling
 from lmcache_core.spelling import closest
 from lmcache_core.units import parse_bytes
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, SecretBytes, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from lmcache_core.config import secrets
+from lmcache_core import redact
 from lmcache_core.config.draft import Draft
 from lmcache_core.config.findings import Code, Loc, dotted, shorten
 from lmcache_core.errors import PluginError, Problem
@@ -56,7 +56,7 @@ class Diagnosis:
         self._draft = draft
         self._root = root
         self._plugins = plugins
-        self._secrets = secrets.collect(draft.data) | {str(value) for value in self._typed_secrets(draft.data, ())}
+        self._secrets = redact.collect(draft.data) | {str(value) for value in self._typed_secrets(draft.data, ())}
 
     def problems(self, errors: Sequence[ErrorDetails]) -> list[Problem]:
         """One problem per cause."""
@@ -77,7 +77,7 @@ class Diagnosis:
 
     def clean(self, text: str) -> str:
         """`text` without any secret of this configuration."""
-        return secrets.scrub(text, self._secrets)
+        return redact.scrub(text, self._secrets)
 
     def show(self, loc: Loc) -> str:
         """The value at `loc` for a message: short, one line, without secrets; empty when nothing stands there."""
@@ -86,8 +86,8 @@ class Diagnosis:
         except KeyError:
             return ""
         names = [part for part in loc if isinstance(part, str)]
-        if names and (secrets.telling(names[-1]) or self._is_secret(loc)):
-            return secrets.HIDDEN
+        if names and (redact.telling(names[-1]) or self._is_secret(loc)):
+            return redact.HIDDEN
         return self.clean(shorten(value))
 
     # -- kinds of errors -------------------------------------------------------------------------------------

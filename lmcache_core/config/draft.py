@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmcache_core.config.findings import Code, Loc, dotted
-from lmcache_core.config.text import Document
+from lmcache_core.config.text import Document, out_of_bounds
 from lmcache_core.errors import Problem
 from lmcache_core.spelling import closest
 
@@ -138,14 +138,13 @@ def _apply(draft: Draft, name: str, text: str) -> tuple[str, str, str] | None:
             )
     value: Any = text
     if text.lstrip()[:1] in ("[", "{") or text == "null":
+        path, fix = dotted((*loc, keys[-1])), "lists and mappings are written as JSON, with double quotes"
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
-            return (
-                dotted((*loc, keys[-1])),
-                "is not valid JSON",
-                "lists and mappings are written as JSON, with double quotes",
-            )
+            return path, "is not valid JSON", fix
+        if reason := out_of_bounds(value):
+            return path, reason, "write a list or mapping of the setting's own shape"
     draft.put((*loc, keys[-1]), value, origin)
     return None
 

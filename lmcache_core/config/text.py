@@ -23,8 +23,10 @@ from lmcache_core.config.findings import Code, Loc, dotted
 from lmcache_core.errors import ConfigError, Problem
 from lmcache_core.spelling import closest
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 16
 MAX_DEPTH = 16
+MAX_SETTINGS = 1024
+"""Bounds on what is read: a configuration is a page of text, and no text may cost seconds to refuse."""
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
@@ -70,7 +72,9 @@ def _bytes(path: Path) -> bytes:
     with open(fd, "rb") as stream:
         raw = stream.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
-        raise _unreadable(path, "is larger than 1 MiB", "a configuration is a page of text; is this the right file?")
+        raise _unreadable(
+            path, f"is larger than {MAX_BYTES >> 10} KiB", "a configuration is a page of text; is this the right file?"
+        )
     return raw
 
 
@@ -83,6 +87,21 @@ def _decode(path: Path, raw: bytes) -> str:
 
 def _unreadable(path: Path, reason: str, fix: str) -> ConfigError:
     return ConfigError([Problem(str(path), "", f"cannot read the configuration: {reason}", fix=fix, code=Code.READ)])
+
+
+def out_of_bounds(data: Any) -> str | None:
+    """Why nested data is too much for a configuration; None when it is not."""
+    count = 0
+    level = [data]
+    for _ in range(MAX_DEPTH + 1):
+        count += len(level)
+        if count > MAX_SETTINGS:
+            return f"more than {MAX_SETTINGS} settings"
+        boxes = [box for box in level if isinstance(box, (dict, list))]
+        level = [item for box in boxes for item in (box.values() if isinstance(box, dict) else box)]
+        if not level:
+            return None
+    return f"nested more than {MAX_DEPTH} levels deep"
 
 
 # -- YAML ----------------------------------------------------------------------------------------------------
@@ -115,6 +134,7 @@ class _Yaml:
     def __init__(self, name: str, events: Iterator[yaml.Event]) -> None:
         self._events = events
         self._doc = Document(name, {}, {(): (1, 1)})
+        self._count = 0
 
     def document(self) -> Document:
         doc = self._doc
@@ -139,6 +159,9 @@ class _Yaml:
             raise _syntax(
                 f"{self._doc.name}:{line}:{column}", f"nested more than {MAX_DEPTH} levels deep", "flatten it"
             )
+        self._count += 1
+        if self._count > MAX_SETTINGS:
+            raise _syntax(self._doc.name, f"more than {MAX_SETTINGS} settings", "is this the right file?")
         if isinstance(event, yaml.AliasEvent):
             self._refuse(event, loc, f"the alias `*{event.anchor}`", "write the value out")
             return None
@@ -231,6 +254,8 @@ def parse_toml(name: str, text: str) -> Document:
         ) from error
     except RecursionError as error:
         raise _syntax(name, "nested too deeply", "flatten it") from error
+    if reason := out_of_bounds(data):
+        raise _syntax(name, reason, "is this the right file?")
     return Document(name, data, _Toml(text).places())
 
 

