@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import sys
@@ -35,15 +36,18 @@ class CpuMemory(MemoryBackend):
             else:
                 memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 _advise(memory, _MADV_HUGEPAGE)
+            flat = np.frombuffer(memory, dtype=np.uint8)
+            # A first fault on the hot path costs 10x a copy.
+            if not _advise(memory, _MADV_POPULATE_WRITE):
+                flat[:: mmap.PAGESIZE] = 0
+            address = int(flat.ctypes.data)
+            pinned = _register(address, nbytes) if self._pin else False
         except (OSError, ValueError, OverflowError) as error:
             if fd >= 0:
                 os.close(fd)
-            raise BackendUnavailable(f"cannot allocate {nbytes} bytes of host memory: {error}") from error
-        flat = np.frombuffer(memory, dtype=np.uint8)
-        if not _advise(memory, _MADV_POPULATE_WRITE):
-            flat[:: mmap.PAGESIZE] = 0  # touch every page: a first fault on the hot path costs 10x a copy
-        address = int(flat.ctypes.data)
-        pinned = _register(address, nbytes) if self._pin else False
+            raise BackendUnavailable(
+                f"cannot allocate {nbytes} bytes of host memory: {error}; lower the tier's capacity or free memory"
+            ) from error
         self._open.append((memory, fd, address if pinned else 0))
         share = {"pid": os.getpid(), "fd": fd, "nbytes": nbytes} if self._shared else None
         return Region(address, nbytes, memoryview(memory), share, pinned, owner=memory)
@@ -59,10 +63,13 @@ class CpuMemory(MemoryBackend):
 
 
 def _advise(memory: mmap.mmap, option: int) -> bool:
+    """Whether the kernel did it; False where it does not know the advice. Raise `OSError` when memory is missing."""
     try:
         memory.madvise(option)
-    except (OSError, ValueError):
-        return False
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
     return True
 
 

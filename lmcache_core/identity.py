@@ -48,6 +48,11 @@ class Identity:
     salt: str | None = None
     """Tenant salt; requests with different salts never share. None and "" differ."""
 
+    def __post_init__(self) -> None:
+        for name in ("tp_rank", "tp_size", "pp_rank", "pp_size", "kv_group"):
+            if type(getattr(self, name)) is not int:
+                raise TypeError(f"{name} must be an int, not {getattr(self, name)!r}: True == 1, but not in a digest")
+
     def with_request(self, *, lora: str | None = None, salt: str | None = None) -> Identity:
         """The identity of one request: this one with its adapter and tenant salt, where it has its own."""
         return replace(self, lora=self.lora if lora is None else lora, salt=self.salt if salt is None else salt)

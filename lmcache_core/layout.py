@@ -29,6 +29,9 @@ DTYPE_BYTES: dict[str, int] = {
 }
 
 
+_COUNTS = ("num_layers", "kv_heads", "head_dim", "chunk_tokens", "block_tokens")
+
+
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     """Geometry of one chunk. Sizes in elements unless the name says bytes."""
@@ -55,7 +58,10 @@ class KVLayout:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype {self.dtype!r} is not supported; one of {', '.join(DTYPE_BYTES)}")
-        for name in ("num_layers", "kv_heads", "head_dim", "chunk_tokens", "block_tokens"):
+        for name in ("planes", "page_bytes", "version", *_COUNTS):
+            if type(getattr(self, name)) is not int:
+                raise TypeError(f"{name} must be an int, not {getattr(self, name)!r}: True == 1, but not in a digest")
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.planes not in (1, 2):

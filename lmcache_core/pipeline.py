@@ -617,7 +617,7 @@ class Pipeline:
                     then(held, False)
 
         def run() -> MissReason | None:
-            outcomes = tier.write(keys, held, chain, epoch)
+            outcomes = tier.write(keys, held, epoch, chain)
             for outcome in outcomes:
                 if outcome is not None:
                     tier.count(f"dropped_{outcome}")

@@ -195,13 +195,13 @@ class StorageTier:
         self,
         keys: Sequence[ChunkKey],
         slots: Sequence[int],
-        chain: Sequence[ChunkKey] = (),
         epoch: int | None = None,
+        chain: Sequence[ChunkKey] = (),
     ) -> list[Outcome]:
         """Store the raw chunks of the slots, sealed. Keys already stored or being stored are left alone.
 
-        `chain`: the whole prefix the keys belong to, so that eviction knows which are the deeper ones. Nothing is
-        stored when the tier was cleared since it had `epoch`.
+        Nothing is stored when the tier was cleared since it had `epoch`. `chain`: the whole prefix the keys belong to,
+        so that eviction knows which are the deeper ones.
         """
         with self._lock:
             epoch = self.epoch if epoch is None else epoch

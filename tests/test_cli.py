@@ -161,7 +161,7 @@ LIES = {
     "another object": ("found.append(None", "buffer[5000] ^= 1; found.append(None", "corrupt"),
     "short": ("else len(data))", "else len(data) - 1)", "corrupt"),
     "an error": ("found = []", "raise OSError(5, 'bad cable')", "bad cable"),
-    "nothing": ("self.objects.update(", "list(", "not_stored"),
+    "nothing": ("self.objects.update(", "list(", "read failed for 4 of 4 chunks"),
     "a wrong count": ("return [None] * len(keys)", "return [None]", "1 results for 4 keys"),
     "what was deleted": ("for key in keys: self.objects.pop(key, None)", "pass", "deleted objects are still there"),
 }

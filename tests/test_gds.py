@@ -53,7 +53,9 @@ MODES = ("segments", "files")
 PAYLOAD = 16 << 10
 OBJECT = HEADER_BYTES + PAYLOAD
 SLOT = round_up(OBJECT)
-CAPACITY = 1 << 20
+CAPACITY = 2 << 20
+SMALL = {"segments": 12 * SLOT + (256 << 10), "files": 12 * SLOT + (1200 << 10)}
+"""Room for a dozen objects or so; the directories of `files` take 1.1 MB."""
 
 needs_mounts = pytest.mark.skipif(bool(cannot_mount()), reason=cannot_mount() or "mounts are possible")
 
@@ -127,7 +129,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def open(self) -> DiskBackend:
         options = {"segment_bytes": PAGE + self.segment_slots * SLOT} if self.mode == "segments" else {}
-        return build(self.home / "kv", 12 * SLOT + (256 << 10), OBJECT, mode=self.mode, **options)
+        return build(self.home / "kv", SMALL[self.mode], OBJECT, mode=self.mode, **options)
 
     def views(self, count: int) -> list[memoryview]:
         return [self.room[i * SLOT : (i + 1) * SLOT] for i in range(count)]
@@ -222,7 +224,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert usage is not None
         assert usage.objects == len(self.model)
         assert usage.object_bytes == sum(HEADER_BYTES + size_of(n, v, PAYLOAD) for n, v in self.model.items())
-        assert usage.allocated_bytes == du(self.home / "kv") <= 12 * SLOT + (256 << 10)
+        assert usage.allocated_bytes == du(self.home / "kv") <= SMALL[self.mode]
 
     def teardown(self) -> None:
         self.backend.close()
@@ -455,11 +457,13 @@ def test_the_order_of_use_survives(store: Callable[..., DiskBackend], buffer: me
 
 
 # -- capacity --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("capacity", [300_000, CAPACITY, 7 << 20])
+@pytest.mark.parametrize("capacity", [300_000, CAPACITY, 5_000_001])
 @pytest.mark.parametrize("nbytes", [4096, PAYLOAD, 50_001])
 def test_a_full_store_is_within_its_capacity(
     store: Callable[..., DiskBackend], tmp_path: Path, mode: str, capacity: int, nbytes: int
 ) -> None:
+    if mode == "files":
+        capacity += 1_200_000
     backend = store(mode=mode, capacity=capacity, object_bytes=HEADER_BYTES + nbytes)
     rng = Random(capacity)
     held: list[int] = []
@@ -467,7 +471,7 @@ def test_a_full_store_is_within_its_capacity(
         while isinstance(put(backend, number, nbytes=nbytes)[0], NoSpace):
             backend.delete([key_of(held.pop(rng.randrange(len(held))))])
         held.append(number)
-        if number % 16 == 0:
+        if number % 97 == 0:
             usage = backend.usage()
             assert usage is not None
             assert (usage.objects, usage.allocated_bytes) == (len(held), du(tmp_path / "kv"))
@@ -492,7 +496,7 @@ def test_space_moves_between_sizes(store: Callable[..., DiskBackend], tmp_path: 
             if isinstance(put(backend, number, nbytes=nbytes)[0], NoSpace):
                 break
             held += 1
-        assert held * (HEADER_BYTES + nbytes) > CAPACITY // 2
+        assert held * round_up(HEADER_BYTES + nbytes) > 0.6 * CAPACITY
         assert du(tmp_path / "kv") <= CAPACITY
         assert all(read_version(backend, n, buffer) == 1 for n in range(held))
         backend.delete([key_of(0)])
@@ -501,29 +505,33 @@ def test_space_moves_between_sizes(store: Callable[..., DiskBackend], tmp_path: 
     assert read_version(backend, 1, buffer) is None
 
 
-@pytest.mark.parametrize("change", [{"capacity": CAPACITY // 2}, {"object_bytes": HEADER_BYTES + 4 * PAYLOAD}])
 def test_another_configuration_finds_what_still_fits(
-    store: Callable[..., DiskBackend], tmp_path: Path, buffer: memoryview, mode: str, change: dict[str, int]
+    store: Callable[..., DiskBackend], tmp_path: Path, mode: str
 ) -> None:
-    backend = store(mode=mode)
+    room = aligned(8 * SLOT)
+    backend = store(mode=mode, capacity=2 * CAPACITY)
     count = fill(backend)
     backend.close()
-    backend = store(mode=mode, **change)
-    capacity = change.get("capacity", CAPACITY)
-    assert du(tmp_path / "kv") <= capacity
-    room = aligned(8 * SLOT)
-    found = [n for n in range(count) if read_version(backend, n, room) == 1]
-    assert len(found) >= count * capacity // CAPACITY * 0.6
-    assert len(list(backend.scan())) == len(found)
-    if "object_bytes" in change:
-        # Whatever lies there, deleting makes room for the larger ones.
-        backend.delete([key_of(n) for n in range(count)])
-        assert put(backend, 5000, nbytes=4 * PAYLOAD) == [None]
-        assert read_version(backend, 5000, room) == 1
-    backend.close()
+    # Half the capacity, then larger objects.
     backend = store(mode=mode)
     assert du(tmp_path / "kv") <= CAPACITY
+    found = [n for n in range(count) if read_version(backend, n, room) == 1]
+    assert count // 4 <= len(found) <= count // 2
+    assert sorted(key for key, _ in backend.scan()) == sorted(key_of(n) for n in found)
+    backend.close()
+    backend = store(mode=mode, object_bytes=HEADER_BYTES + 4 * PAYLOAD)
+    assert [n for n in range(count) if read_version(backend, n, room) == 1] == found
+    assert all(backend.footprint(nbytes) >= nbytes for _, nbytes in backend.scan())
+    # Whatever lies there, deleting makes room for larger ones.
+    backend.delete([key_of(n) for n in found])
+    assert put(backend, 5000, nbytes=4 * PAYLOAD) == [None]
+    assert read_version(backend, 5000, room) == 1
+    assert du(tmp_path / "kv") <= CAPACITY
+    backend.close()
+    backend = store(mode=mode)
+    assert all(backend.footprint(nbytes) >= nbytes for _, nbytes in backend.scan())
     assert fill(backend, 6000) > 0
+    assert du(tmp_path / "kv") <= CAPACITY
 
 
 def test_slot_sizes_waste_little() -> None:
@@ -539,13 +547,12 @@ def test_slot_sizes_waste_little() -> None:
 def test_overhead_of_real_sizes_is_small(capacity: int, nbytes: int) -> None:
     plan = Geometry.plan(capacity, nbytes)
     assert plan.objects * nbytes >= 0.985 * capacity
-    assert capacity // plan.segment_bytes <= 512
+    assert 60 <= capacity // plan.segment_bytes <= 520  # files kept open
     assert plan.objects <= capacity // plan.footprint(nbytes) <= plan.objects + 1
 
 
+@needs_mounts
 def test_the_free_space_floor_is_respected(tmp_path: Path, mode: str) -> None:
-    if cannot_mount():
-        pytest.skip(cannot_mount())
     with tmpfs(tmp_path / "t", 8 << 20) as where:
         backend = build(where / "kv", 64 << 20, OBJECT, mode=mode, free_floor="50%")
         assert fill(backend) > 50
@@ -570,7 +577,7 @@ def test_inodes_are_limited(store: Callable[..., DiskBackend], tmp_path: Path) -
 # -- concurrency -----------------------------------------------------------------------------------------------------
 def test_threads_never_see_other_bytes(store: Callable[..., DiskBackend], tmp_path: Path, mode: str) -> None:
     """Slots are reused at once and keys are shared: what is read is genuine, or absent."""
-    backend = store(mode=mode, capacity=12 * SLOT + (200 << 10))
+    backend = store(mode=mode, capacity=SMALL[mode])
     failures: list[BaseException] = []
     versions = iter(range(1, 1 << 30))
 
@@ -724,6 +731,8 @@ class Failing:
 
     def __enter__(self) -> Failing:
         for module, name in SYSCALLS:
+            if (self.code, name) == (errno.ENOENT, "unlink"):
+                continue  # it would not be there, as was wanted
             self.patch.setattr(module, name, self._wrapped(name, getattr(module, name)))
         return self
 
@@ -734,7 +743,7 @@ class Failing:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.left -= 1
             if self.left == 0 or (self.sticky and self.left < 0):
-                self.hit = name
+                self.hit = self.hit or name
                 if name.endswith("_batch"):
                     return np.full(len(args[0]), -self.code)
                 raise OSError(self.code, os.strerror(self.code))
@@ -764,12 +773,12 @@ def scripted_life(backend: DiskBackend) -> None:
 @pytest.mark.parametrize("sticky", [False, True], ids=["once", "for good"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENOMEM, errno.ENOENT])
 def test_the_nth_system_call_fails(tmp_path: Path, mode: str, code: int, sticky: bool) -> None:
-    """For n = 1, 2, ... until the life is over without a failure (sampled: every 7th, from a different start)."""
+    """For every 23rd n, until the life is over without a failure; each error starts elsewhere."""
     seen: set[str] = set()
-    for nth in range(1 + code % 7, 100_000, 7):
+    for nth in range(1 + code % 23, 100_000, 23):
         path = tmp_path / str(nth)
         options = {"segment_bytes": PAGE + 3 * SLOT} if mode == "segments" else {}
-        backend = build(path, 10 * SLOT + (256 << 10), OBJECT, mode=mode, **options)
+        backend = build(path, SMALL[mode], OBJECT, mode=mode, **options)
         with Failing(nth, code, sticky=sticky) as failing:
             scripted_life(backend)
             if failing.hit:
@@ -783,9 +792,9 @@ def test_the_nth_system_call_fails(tmp_path: Path, mode: str, code: int, sticky:
         usage = backend.usage()
         assert usage is not None
         assert usage.objects == 3
-        assert usage.allocated_bytes == du(path) <= 10 * SLOT + (256 << 10)
+        assert usage.allocated_bytes == du(path) <= SMALL[mode]
         backend.close()
-        backend = build(path, 10 * SLOT + (256 << 10), OBJECT, mode=mode, **options)
+        backend = build(path, SMALL[mode], OBJECT, mode=mode, **options)
         assert [read_version(backend, n, buffer) for n in (1, 2, 3)] == [9, 9, 9]
         backend.close()
         shutil.rmtree(path)

@@ -137,7 +137,7 @@ def test_the_library_exports_its_own_functions_and_needs_only_libc(wheel: Path, 
 # A module may import only from rows above its own (or its own package).
 ROWS = (
     {"types", "errors", "canonical", "spelling", "units", "_native"},
-    {"layout"},
+    {"layout", "redact"},
     {"protocols", "identity", "seal", "copies"},
     {"hookspecs", "keys", "slots", "lanes", "plan"},
     {"plugins", "eviction", "tier"},

@@ -56,14 +56,12 @@ Nest plan_nest(const lmc_part &part, bool to_slots) {
             nest.dims[k - 1] = swap;
         }
     }
-    int u = -1, v = -1;
-    for (int i = 0; i < nest.ndims; ++i) {
-        if (nest.dims[i].to == nest.run) u = i;
-        if (nest.dims[i].from == nest.run) v = i;
-    }
-    if ((nest.run == 2 || nest.run == 4) && u >= 0 && v >= 0) {
-        nest.u = take(nest, u);
-        nest.v = take(nest, v > u ? v - 1 : v);
+    // A loop that is contiguous in the destination has come to be the last.
+    int v = nest.ndims - 2;
+    while (v >= 0 && nest.dims[v].from != nest.run) --v;
+    if ((nest.run == 2 || nest.run == 4) && v >= 0 && nest.dims[nest.ndims - 1].to == nest.run) {
+        nest.u = take_innermost(nest);
+        nest.v = take(nest, v);
         nest.w = take_innermost(nest);
         nest.kernel = pick_transpose_kernel(nest);
     } else {

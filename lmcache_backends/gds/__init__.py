@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from lmcache_backends.gds.backend import DiskBackend, FileBackend, SegmentBackend
 from lmcache_backends.gds.files import FileVolume, file_footprint, least_capacity
 from lmcache_backends.gds.folder import Folder, Io
-from lmcache_backends.gds.geometry import Geometry
+from lmcache_backends.gds.geometry import Geometry, TooSmall
 from lmcache_backends.gds.segments import SegmentVolume
 from lmcache_core.errors import ConfigError, Problem
 from lmcache_core.hookspecs import hookimpl
@@ -58,12 +58,18 @@ class GdsConfig(BackendConfig):
         """Open the directory. Raise `ConfigError` for a capacity that is missing or too small, `BackendUnavailable`."""
         capacity = context.capacity
         if capacity is None:
-            raise _problem(context, "a disk tier needs a capacity", "write one, e.g. `capacity: 20GiB`")
+            raise _error(
+                context,
+                "capacity",
+                what="a disk tier needs a capacity",
+                why="without one it would fill the file system",
+                fix="write one, e.g. `capacity: 20GiB`",
+            )
         if self.mode == "files":
             inodes = self.inodes or DEFAULT_INODES
             least = least_capacity(context.object_bytes)
             if capacity < least:
-                raise _problem(context, f"{capacity} bytes cannot hold one object beside the directories", _more(least))
+                raise _too_small(context, TooSmall("capacity", capacity, least))
 
             def open_files(device: int | None) -> FileVolume:
                 return FileVolume(Folder(self.path, device), capacity, inodes, self.io, self.free_floor)
@@ -71,8 +77,8 @@ class GdsConfig(BackendConfig):
             return FileBackend(open_files, file_footprint)
         try:
             geometry = Geometry.plan(capacity, context.object_bytes, self.segment_bytes)
-        except ValueError as error:
-            raise _problem(context, str(error), "give the tier more, or make the chunks smaller") from error
+        except TooSmall as error:
+            raise _too_small(context, error) from error
 
         def open_segments(device: int | None) -> SegmentVolume:
             return SegmentVolume(Folder(self.path, device), geometry, self.io, self.free_floor)
@@ -80,8 +86,18 @@ class GdsConfig(BackendConfig):
         return SegmentBackend(open_segments, geometry.footprint)
 
 
-def _problem(context: BuildContext, what: str, fix: str) -> ConfigError:
-    return ConfigError([Problem(where=f"tier `{context.tier}`", path="capacity", what=what, fix=fix)])
+def _too_small(context: BuildContext, error: TooSmall) -> ConfigError:
+    return _error(
+        context,
+        error.setting,
+        what=f"{error.value} bytes",
+        why=f"one object takes {context.object_bytes} bytes, and the tier's own files and directories their share",
+        fix=f"set it to at least {error.least} bytes, or lower chunk_tokens",
+    )
+
+
+def _error(context: BuildContext, setting: str, *, what: str, why: str, fix: str) -> ConfigError:
+    return ConfigError([Problem(where="build", path=f"tiers.{context.tier}.{setting}", what=what, why=why, fix=fix)])
 
 
 @hookimpl

@@ -20,6 +20,17 @@ _NAME_BYTES = 64
 """Room in the directory for one file name, generously."""
 
 
+class TooSmall(ValueError):
+    """A size that cannot hold one object and what the store itself needs."""
+
+    def __init__(self, setting: str, value: int, least: int) -> None:
+        self.setting = setting
+        """Its path below the tier."""
+        self.value = value
+        self.least = least
+        super().__init__(f"{setting} is {value} bytes, at least {least} are needed")
+
+
 def slots_in(file_bytes: int, slot_bytes: int) -> int:
     """Slots in a segment file of that size, behind its superblock page."""
     return max(0, file_bytes - PAGE) // slot_bytes
@@ -57,17 +68,17 @@ class Geometry:
     def plan(
         cls, capacity: int, object_bytes: int, segment_bytes: int | None = None, journal_records: int | None = None
     ) -> Geometry:
-        """Choose what is not given. Raise `ValueError` naming the least that would do."""
+        """Choose what is not given. Raise `TooSmall`."""
         sizes = slot_sizes(object_bytes)
         largest = sizes[-1]
         if segment_bytes is None:
-            # About 64 segments, so that space can move between slot sizes; never more than 512 open files, and no
+            # About 64 segments, so that space can move between slot sizes; never many more than 512 open files, and no
             # segments of so few slots that their own overhead counts.
             few = min(8 * largest, capacity // 4)
             segment_bytes = max(min(capacity // 64, 4 << 30), capacity // 512, few, PAGE + largest)
         slots = slots_in(segment_bytes, largest)
         if slots < 1:
-            raise ValueError(f"a segment of {segment_bytes} bytes cannot hold one object, it takes {PAGE + largest}")
+            raise TooSmall("backend.segment_bytes", segment_bytes, PAGE + largest)
         segment_bytes = PAGE + slots * largest
         if journal_records is None:
             journal_records = 2 * (capacity // sizes[0]) + 64
@@ -75,7 +86,7 @@ class Geometry:
         overhead = journals + 4 * PAGE + round_up(_NAME_BYTES * (capacity // segment_bytes))
         least = overhead + PAGE + largest + extent_slack(1)
         if capacity < least:
-            raise ValueError(f"{capacity} bytes cannot hold one object beside the store's own files, it takes {least}")
+            raise TooSmall("capacity", capacity, least)
         room, objects = capacity - overhead, 0
         while (size := _file_bytes(segment_bytes, largest, room)) > 0:
             objects += slots_in(size, largest)

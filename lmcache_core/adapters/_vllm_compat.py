@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import vllm
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from vllm import _custom_ops as cpu_ops
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
@@ -299,15 +300,15 @@ def _weights(vllm_config: Any) -> str:
 def _fingerprint(name: str, revision: str | None) -> str:
     """Fingerprint of a model or adapter: a directory, a file, or a repository in the Hugging Face cache."""
     path = Path(name)
-    if not path.exists():
-        for file in ("config.json", "adapter_config.json"):
-            found = try_to_load_from_cache(name, file, revision=revision)
-            if isinstance(found, str):
-                path = Path(found).parent
-                break
     try:
+        if not path.exists():
+            for file in ("config.json", "adapter_config.json"):
+                found = try_to_load_from_cache(name, file, revision=revision)
+                if isinstance(found, str):
+                    path = Path(found).parent
+                    break
         return fingerprint_weights(path)
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise Unsupported(
             f"the weights of {name!r} cannot be found to fingerprint them ({error}); "
             'name them yourself with kv_connector_extra_config={"weights": "<a string that changes with them>"}'

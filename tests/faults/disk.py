@@ -100,7 +100,7 @@ def tmpfs(where: Path, nbytes: int, inodes: int = 0) -> Iterator[Path]:
     try:
         yield where
     finally:
-        _run("umount", str(where))
+        _run("umount", "-l", str(where))  # lazily: what fails may leave files open
 
 
 class Disk:

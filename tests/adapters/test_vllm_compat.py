@@ -1,0 +1,425 @@
+"""What the vLLM adapter reads of vLLM: API, pages, identity and requests; on the installed vLLM, without an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lmcache_core.errors import ConfigError, Unsupported
+from lmcache_core.layout import KVLayout
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed", allow_module_level=True)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of vLLM and what it imports
+    import torch
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+    from vllm.v1.core.sched.output import KVConnectorBlockState
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+    from vllm.v1.outputs import KVConnectorOutput
+
+    from lmcache_core.adapters import _vllm_compat as compat
+    from lmcache_core.adapters.vllm import LMCacheCoreConnector, PagesMetadata
+
+BLOCKS, HEADS, BLOCK, DIM, LAYERS = 12, 2, 32, 32, 3
+
+
+class Config(SimpleNamespace):
+    """A stand-in for one of Hugging Face's configurations."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def engine_config(**changes: Any) -> Any:
+    """What the adapter reads of `VllmConfig`; `changes` are dotted paths with `__` for the dots."""
+    hf = Config(
+        hidden_size=64, num_hidden_layers=LAYERS, rope_parameters={"rope_theta": 1e4, "rope_type": "default"},
+        _name_or_path="x", transformers_version="5",
+    )  # fmt: skip
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            world_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, is_producer=True
+        ),
+        model_config=SimpleNamespace(
+            runner_type="generate",
+            is_diffusion=False,
+            is_prefix_caching_supported=True,
+            dtype=torch.float32,
+            quantization=None,
+            model="nowhere",
+            served_model_name="demo",
+            revision=None,
+            seed=0,
+            max_model_len=1024,
+            hf_config=hf,
+            hf_text_config=hf,
+        ),
+        cache_config=SimpleNamespace(kv_cache_layout="LBHNC", cache_dtype="auto"),
+        load_config=SimpleNamespace(load_format="dummy"),
+        speculative_config=None,
+        compilation_config=SimpleNamespace(
+            static_forward_context={f"model.layers.{i}.attn": SimpleNamespace(isa="vec") for i in range(LAYERS)}
+        ),
+        kv_transfer_config=SimpleNamespace(
+            kv_connector_extra_config={}, is_kv_producer=True, kv_load_failure_policy="recompute"
+        ),
+    )
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        target: Any = config
+        for parent in parents:
+            target = getattr(target, parent)
+        setattr(target, last, value)
+    return config
+
+
+def spec(**changes: Any) -> FullAttentionSpec:
+    return FullAttentionSpec(
+        **{"block_size": BLOCK, "num_kv_heads": HEADS, "head_size": DIM, "dtype": torch.float32, **changes}
+    )
+
+
+def cache_config(*specs: Any) -> Any:
+    groups = [SimpleNamespace(kv_cache_spec=s) for s in specs or (spec(),)]
+    return SimpleNamespace(kv_cache_groups=groups, num_blocks=BLOCKS)
+
+
+def memory(*, block_major: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """KV of three layers as vLLM allocates it: one allocation, a view for each layer."""
+    shape = (BLOCKS, LAYERS, HEADS, BLOCK, 2 * DIM) if block_major else (LAYERS, BLOCKS, HEADS, BLOCK, 2 * DIM)
+    whole = torch.arange(BLOCKS * LAYERS * HEADS * BLOCK * 2 * DIM, dtype=torch.float32).reshape(shape).to(dtype)
+    # A dictionary in another order than the layers: order must come from the names.
+    return {f"model.layers.{i}.attn": whole[:, i] if block_major else whole[i] for i in reversed(range(LAYERS))}
+
+
+# -- API ---------------------------------------------------------------------------------------------------------
+def test_installed_vllm_is_known() -> None:
+    compat.check_api()
+
+
+def test_every_difference_in_the_api_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(self: Any, request: Any, tokens: int) -> None: ...
+
+    monkeypatch.setattr(KVConnectorBase_V1, "get_num_new_matched_tokens", changed)
+    monkeypatch.delattr(KVConnectorBase_V1, "build_connector_worker_meta")
+    abstract = KVConnectorBase_V1.__abstractmethods__ | {"brand_new"}
+    monkeypatch.setattr(KVConnectorBase_V1, "__abstractmethods__", abstract)
+    monkeypatch.setattr(compat, "_REQUEST", ("cache_salt", "no_such_field"))
+    with pytest.raises(Unsupported) as error:
+        compat.check_api()
+    text = str(error.value)
+    assert "get_num_new_matched_tokens takes (request, tokens), expected (request, num_computed_tokens)" in text
+    assert "build_connector_worker_meta is missing" in text
+    assert "brand_new is a new abstract method" in text
+    assert "Request has no no_such_field" in text
+    assert compat.TESTED in text
+
+
+# -- pages -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("block_major", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_are_described_by_their_strides(block_major: bool, dtype: torch.dtype) -> None:
+    kv = memory(block_major=block_major, dtype=dtype)
+    config = engine_config(model_config__dtype=dtype)
+    pages = compat.describe_pages(config, cache_config(spec(dtype=dtype)), kv)
+    assert pages.bases == tuple(kv[f"model.layers.{i}.attn"].data_ptr() for i in range(LAYERS))
+    page = HEADS * BLOCK * 2 * DIM * dtype.itemsize
+    assert pages.block_stride == page * (LAYERS if block_major else 1)
+    assert (pages.layout.block_bytes, pages.layout.blocks, pages.layout.num_layers) == (page, 1, LAYERS)
+    assert pages.layout.packing.startswith("vllm-cpu/1/LBHNC/vec/")
+    before = {name: tensor.clone() for name, tensor in kv.items()}
+    compat.prove_copies(pages)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in kv.items())
+
+
+def test_packing_is_told_by_what_the_kernel_writes() -> None:
+    def packing(isa: str, **changes: Any) -> str:
+        layers = {f"model.layers.{i}.attn": SimpleNamespace(isa=isa) for i in range(LAYERS)}
+        config = engine_config(compilation_config__static_forward_context=layers)
+        return compat.describe_pages(config, cache_config(spec(**changes)), memory()).layout.packing
+
+    assert packing("vec") == packing("vec")
+    assert packing("vec") != packing("vec16")
+    with pytest.raises(Unsupported, match="cannot be asked"):
+        packing("no such instructions")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("bases", lambda p: p.bases[::-1]), ("block_stride", lambda p: p.block_stride * 2), ("num_blocks", lambda p: 6)],
+)
+def test_a_wrong_description_is_found_by_copying(field: str, value: Callable[[compat.Pages], Any]) -> None:
+    pages = compat.describe_pages(engine_config(), cache_config(), memory())
+    wrong = dataclasses.replace(pages, **{field: value(pages)})
+    if field == "block_stride":
+        wrong = dataclasses.replace(wrong, num_blocks=BLOCKS // 2)
+    if field == "num_blocks":
+        compat.prove_copies(wrong)  # fewer blocks than there are is safe
+        return
+    with pytest.raises(Unsupported, match="did not give the bytes"):
+        compat.prove_copies(wrong)
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"parallel_config__world_size": 2}, "2 workers"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "context parallel"),
+        ({"model_config__runner_type": "pooling"}, "later tokens"),
+        ({"model_config__is_diffusion": True}, "later tokens"),
+        ({"model_config__is_prefix_caching_supported": False}, "later tokens"),
+        ({"speculative_config": SimpleNamespace(method="eagle3")}, "eagle3"),
+        ({"cache_config__calculate_kv_scales": True}, "calculate_kv_scales"),
+        ({"compilation_config__static_forward_context": {}}, "page format"),
+    ],
+)
+def test_engines_that_are_refused(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(Unsupported, match=why):
+        compat.describe_pages(engine_config(**changes), cache_config(), memory())
+
+
+def test_ngram_drafts_keep_no_kv() -> None:
+    compat.describe_pages(engine_config(speculative_config=SimpleNamespace(method="ngram")), cache_config(), memory())
+
+
+def _strided(kv: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.transpose(1, 2).contiguous().transpose(1, 2) for name, tensor in kv.items()}
+
+
+@pytest.mark.parametrize(
+    "specs, change, why",
+    [
+        ((spec(), spec()), dict, "2 KV cache groups"),
+        ((SlidingWindowSpec(BLOCK, num_kv_heads=HEADS, head_size=DIM, dtype=torch.float32, sliding_window=64),),
+         dict, "SlidingWindowSpec"),
+        ((spec(non_causal=True),), dict, "non-causal"),
+        ((spec(head_size_v=16),), dict, "packed in a way"),
+        ((spec(num_kv_heads=4),), dict, "has KV of shape"),
+        ((), lambda kv: dict.fromkeys(kv, kv["model.layers.0.attn"]), "share their KV"),
+        ((), lambda kv: kv | {"model.layers.1.attn": kv["model.layers.1.attn"].double()}, "layers.1"),
+        ((), lambda kv: {name: tensor.double() for name, tensor in kv.items()}, "float64"),
+        ((), lambda kv: {name: tensor.to("meta") for name, tensor in kv.items()}, "meta memory"),
+        ((), _strided, "one run of memory"),
+    ],
+)  # fmt: skip
+def test_pages_that_are_refused(specs: tuple[Any, ...], change: Callable[[Any], Any], why: str) -> None:
+    with pytest.raises(Unsupported, match=why):
+        compat.describe_pages(engine_config(), cache_config(*specs), change(memory()))
+
+
+# -- identity ----------------------------------------------------------------------------------------------------
+LAYOUT = KVLayout("pages", "float32", LAYERS, 2, HEADS, DIM, BLOCK, BLOCK, packing="p")
+
+
+def _digest(weights: str = "", **changes: Any) -> bytes:
+    return compat.model_identity(engine_config(**changes), LAYOUT, weights).digest
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_config__served_model_name": "other"},
+        {"model_config__revision": "main"},
+        {"model_config__dtype": torch.bfloat16},
+        {"model_config__quantization": "fp8"},
+        {"model_config__seed": 1},
+        {"cache_config__cache_dtype": "fp8"},
+        {"model_config__hf_text_config": Config(rope_parameters={"rope_theta": 5e5, "rope_type": "default"})},
+        {"model_config__hf_config": Config(hidden_size=65)},
+        {"weights": "named by the operator"},
+    ],
+)
+def test_every_field_changes_the_identity(changes: dict[str, Any]) -> None:
+    assert _digest(**changes) != _digest()
+
+
+def test_identity_ignores_what_does_not_change_kv() -> None:
+    assert _digest(model_config__max_model_len=4096) == _digest()
+    yarn = Config(rope_parameters={"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0})
+    lengths = {_digest(model_config__hf_text_config=yarn, model_config__max_model_len=n) for n in (1024, 4096)}
+    assert len(lengths) == 2
+
+
+def test_identity_of_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(Unsupported, match=r"cannot be found.*\"weights\""):
+        _digest(load_config__load_format="auto", model_config__model=str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    first = _digest(load_config__load_format="auto", model_config__model=str(tmp_path))
+    assert first == _digest(load_config__load_format="auto", model_config__model=str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"Weights")
+    assert first != _digest(load_config__load_format="auto", model_config__model=str(tmp_path))
+
+
+def test_identity_of_a_repository_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+
+    def find(name: str, file: str, revision: str | None) -> str | None:
+        return str(tmp_path / file) if (name, file, revision) == ("org/model", "config.json", "v1") else None
+
+    monkeypatch.setattr(compat, "try_to_load_from_cache", find)
+    options: dict[str, Any] = {"load_config__load_format": "auto", "model_config__model": "org/model"}
+    _digest(**options, model_config__revision="v1")
+    with pytest.raises(Unsupported, match="org/model"):
+        _digest(**options, model_config__revision="v2")
+
+
+def test_adapters_are_told_by_content(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
+    lora = SimpleNamespace(lora_int_id=1, lora_name="a", lora_path=str(tmp_path), load_inplace=False)
+    adapters = compat.Adapters()
+    assert adapters.describe(None) == ""
+    first = adapters.describe(lora)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"two")
+    # vLLM goes on using what it loaded for this id, unless it is told to load it again.
+    assert adapters.describe(lora) == first
+    lora.load_inplace = True
+    assert adapters.describe(lora) != first
+    lora.lora_path, lora.lora_int_id = str(tmp_path / "nowhere"), 2
+    with pytest.raises(Unsupported, match="nowhere"):
+        adapters.describe(lora)
+
+
+# -- requests ----------------------------------------------------------------------------------------------------
+def request(**changes: Any) -> Any:
+    plain: dict[str, Any] = {
+        "request_id": "r", "mm_features": [], "prompt_embeds": None, "resumable": False, "pooling_params": None,
+        "lora_request": None, "cache_salt": None, "skip_reading_prefix_cache": False, "num_computed_tokens": 0,
+        "all_token_ids": list(range(100)), "num_tokens": 100, "num_prompt_tokens": 100,
+    }  # fmt: skip
+    return SimpleNamespace(**{**plain, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({}, ""),
+        ({"mm_features": ["image"]}, "multimodal"),
+        ({"prompt_embeds": object()}, "prompt_embeds"),
+        ({"resumable": True}, "streaming_input"),
+        ({"pooling_params": object()}, "pooling"),
+    ],
+)
+def test_requests_that_token_ids_do_not_name(changes: dict[str, Any], reason: str) -> None:
+    assert compat.refuse_request(request(**changes)) == reason
+
+
+def test_hit_sources() -> None:
+    found = compat.hit_sources({"dram": 32, "nvme": 64, "cold": 32}, "dram")
+    assert found == {CacheHitSource.HOST: 32, CacheHitSource.DISK: 96}
+
+
+# -- the connector, both roles, without an engine ----------------------------------------------------------------
+def connector(role: KVConnectorRole, tmp_path: Path, **extra: Any) -> LMCacheCoreConnector:
+    tiers = [{"name": "dram", "capacity": "8MiB", "backend": {"type": "cpu"}}]
+    extra = {"config": {"chunk_tokens": 64, "tiers": tiers}, **extra}
+    config = engine_config(kv_transfer_config__kv_connector_extra_config=extra)
+    return LMCacheCoreConnector(config, role, cache_config())
+
+
+def step(
+    scheduler: LMCacheCoreConnector, worker: LMCacheCoreConnector, tokens: dict[str, int], table: list[int]
+) -> Any:
+    """One step of an engine, in vLLM's order."""
+    output = SimpleNamespace(
+        num_scheduled_tokens=tokens,
+        total_num_scheduled_tokens=sum(tokens.values()),
+        kv_connector_block_state=KVConnectorBlockState(set(tokens), lambda _: (table,), {}),
+    )
+    worker.bind_connector_metadata(scheduler.build_connector_meta(output))
+    worker.start_load_kv(None)
+    worker.wait_for_save()
+    results = worker.get_transfer_results(set())
+    found = KVConnectorOutput(
+        finished_recving=results.finished_recving,
+        invalid_block_ids=worker.get_block_ids_with_load_errors(),
+        kv_connector_worker_meta=worker.build_connector_worker_meta(),
+    )
+    worker.clear_connector_metadata()
+    scheduler.update_connector_output(found)
+    return found
+
+
+def test_both_roles_save_and_load(tmp_path: Path) -> None:
+    kv = memory()
+    worker, scheduler = connector(KVConnectorRole.WORKER, tmp_path), connector(KVConnectorRole.SCHEDULER, tmp_path)
+    assert not scheduler.requires_kv_delivery
+    worker.register_kv_caches(kv)
+    scheduler.set_xfer_handshake_metadata_pp_aware({(0, 0): worker.get_handshake_metadata()})
+    first = request(request_id="first")
+    assert scheduler.get_num_new_matched_tokens(first, 0) == (0, False)
+    scheduler.update_state_after_alloc(first, SimpleNamespace(get_block_ids=lambda: ([1, 2, 3, 4],)), 0)
+    step(scheduler, worker, {"first": 100}, [1, 2, 3, 4])
+    assert scheduler.request_finished_all_groups(first, ([1, 2, 3, 4],)) == (False, None)
+    again = request(request_id="again")
+    assert scheduler.get_num_new_matched_tokens(again, 0) == (64, False)
+    scheduler.update_state_after_alloc(again, SimpleNamespace(get_block_ids=lambda: ([7, 5, 6, 8],)), 64)
+    assert scheduler.get_external_cache_hit_sources(again, 64) == {CacheHitSource.HOST: 64}
+    step(scheduler, worker, {"again": 36}, [7, 5, 6, 8])
+    for tensor in kv.values():
+        assert torch.equal(tensor[7], tensor[1])
+        assert torch.equal(tensor[5], tensor[2])
+        assert not torch.equal(tensor[6], tensor[3])
+    # An empty step moves nothing, and tells nothing.
+    assert step(scheduler, worker, {}, []).is_empty()
+    scheduler.request_finished(again, [])
+    assert scheduler.reset_cache() is True
+    assert scheduler.get_num_new_matched_tokens(request(request_id="late"), 0) == (0, False)
+    pipeline = scheduler._scheduler.pipeline
+    scheduler.shutdown()
+    worker.shutdown()
+    scheduler.shutdown()
+    pipeline.check(idle=True)
+
+
+def test_a_refused_engine_runs_without_caching(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    worker, scheduler = connector(KVConnectorRole.WORKER, tmp_path), connector(KVConnectorRole.SCHEDULER, tmp_path)
+    worker.register_kv_caches({name: tensor.double() for name, tensor in memory().items()})
+    metadata = worker.get_handshake_metadata()
+    assert isinstance(metadata, PagesMetadata)
+    assert "float64" in metadata.refusal
+    scheduler.set_xfer_handshake_metadata_pp_aware({(0, 0): metadata})
+    r = request()
+    assert scheduler.get_num_new_matched_tokens(r, 0) == (0, False)
+    scheduler.update_state_after_alloc(r, SimpleNamespace(get_block_ids=lambda: ([1],)), 0)
+    assert step(scheduler, worker, {"r": 100}, [1, 2, 3, 4]).is_empty()
+    assert scheduler.request_finished(r, []) == (False, None)
+    assert scheduler.reset_cache() is None
+    scheduler.shutdown()
+    worker.shutdown()
+
+
+def test_settings_are_checked_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        connector(KVConnectorRole.SCHEDULER, tmp_path, load="sometimes", savedecode=True)
+    text = str(error.value)
+    assert "2 configuration errors" in text
+    assert all(name in text for name in ("kv_connector_extra_config", "'sometimes'", "savedecode"))
+    assert "known settings: config, load, save_decode, weights" in text
+
+
+def test_chunks_must_be_whole_blocks(tmp_path: Path) -> None:
+    worker = connector(KVConnectorRole.WORKER, tmp_path)
+    worker.register_kv_caches(memory())
+    tiers = [{"name": "dram", "capacity": "8MiB", "backend": {"type": "cpu"}}]
+    scheduler = connector(KVConnectorRole.SCHEDULER, tmp_path, config={"chunk_tokens": 48, "tiers": tiers})
+    with pytest.raises(ConfigError, match=r"48 is not a multiple of vLLM's block of 32.*\n.*\n.*chunk_tokens: 64"):
+        scheduler.set_xfer_handshake_metadata({0: worker.get_handshake_metadata()})
+
+
+def test_configuration_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "lmcache.json"
+    path.write_text(json.dumps({"chunk_tokens": 7, "tiers": []}))
+    with pytest.raises(ConfigError, match="tiers"):
+        connector(KVConnectorRole.SCHEDULER, tmp_path, config=str(path))
