@@ -106,5 +106,5 @@ def fingerprint_weights(path: Path, sample_bytes: int = 1 << 20) -> str:
 
 
 def tenant_salt(master: bytes, tenant: str) -> str:
-    """A tenant's salt, derived on the server so that none can be guessed: HMAC-SHA256(master, tenant), hex (RFC 2104)."""
+    """A tenant's salt, made on the server so that none can be guessed: HMAC-SHA256(master, tenant), hex (RFC 2104)."""
     return hmac.digest(master, canonical.encode(tenant), "sha256").hex()

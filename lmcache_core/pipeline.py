@@ -477,7 +477,13 @@ class Pipeline:
             new = [keys[i] for i in positions]
             if len(set(new)) < len(new):
                 raise ValueError("the keys repeat: a prefix has each chunk once")
+            # A prefix must not evict its own beginning.
+            own = [index[key] for key in keys if key in index] if len(slots.free) < len(positions) else []
+            for slot in own:
+                slots.pins[slot] += 1
             taken = self._take(len(positions))
+            for slot in own:
+                slots.pins[slot] -= 1
             if len(taken) < len(positions):
                 self.counts["drop.no_room"] += len(positions) - len(taken)
                 del positions[len(taken) :], new[len(taken) :]

@@ -116,7 +116,7 @@ class StorageTier:
                 self._enter([key], [backend.footprint(nbytes)])
             self.counts["recovered"] = len(self._index)
             if capacity is not None and self._used > capacity:
-                gone = self._evict(self._used - capacity, 0)
+                gone = self._evict(self._used - capacity, 0, ())
                 if gone:
                     self._delete(gone)
         # Threads last: whatever fails above leaves none behind.
@@ -203,6 +203,7 @@ class StorageTier:
         Nothing is stored when the tier was cleared since it had `epoch`. `chain`: the whole prefix the keys belong to,
         so that eviction knows which are the deeper ones.
         """
+        chain = chain or keys
         with self._lock:
             epoch = self.epoch if epoch is None else epoch
             if self._wiping or epoch != self.epoch:
@@ -215,9 +216,9 @@ class StorageTier:
             outcomes[i] = MissReason.ERROR
         try:
             if self._serde is None:
-                self._store([(i, self._sealed(keys[i], slots[i])) for i in new], keys, outcomes, epoch)
+                self._store([(i, self._sealed(keys[i], slots[i])) for i in new], keys, outcomes, epoch, chain)
             else:
-                self._encode(new, keys, slots, outcomes, epoch)
+                self._encode(new, keys, slots, outcomes, epoch, chain)
         except PLUGIN_ERRORS as error:
             self._failed("write", error)
         finally:
@@ -380,6 +381,7 @@ class StorageTier:
         slots: Sequence[int],
         outcomes: list[Outcome],
         epoch: int,
+        chain: Sequence[ChunkKey],
     ) -> None:
         assert self._serde is not None and self._staging is not None
         if not new:
@@ -403,12 +405,17 @@ class StorageTier:
                     created = self._slots.created[slots[i]]
                     seal.seal(obj, keys[i], self._layout_id, self.codec, self._slots.chunk_bytes, size, created)
                     views.append((i, obj))
-                self._store(views, keys, outcomes, epoch)
+                self._store(views, keys, outcomes, epoch, chain)
         finally:
             self._staging.give_back(buffers)
 
     def _store(
-        self, todo: list[tuple[int, memoryview]], keys: Sequence[ChunkKey], outcomes: list[Outcome], epoch: int
+        self,
+        todo: list[tuple[int, memoryview]],
+        keys: Sequence[ChunkKey],
+        outcomes: list[Outcome],
+        epoch: int,
+        chain: Sequence[ChunkKey],
     ) -> None:
         """Put objects in parts of at most a quarter of the tier, so that its threads do not take each other's room."""
         quarter = None if self.capacity is None or self._index is None else self.capacity // 4
@@ -420,11 +427,16 @@ class StorageTier:
                 if quarter is not None and end > at and need + size > quarter:
                     break
                 need, end = need + size, end + 1
-            self._put(todo[at:end], keys, outcomes, epoch)
+            self._put(todo[at:end], keys, outcomes, epoch, chain)
             at = end
 
     def _put(
-        self, todo: list[tuple[int, memoryview]], keys: Sequence[ChunkKey], outcomes: list[Outcome], epoch: int
+        self,
+        todo: list[tuple[int, memoryview]],
+        keys: Sequence[ChunkKey],
+        outcomes: list[Outcome],
+        epoch: int,
+        chain: Sequence[ChunkKey],
     ) -> None:
         """Put, evicting as needed; an object enters the index only after the backend said that it is stored."""
         for attempt in range(_RETRIES + 1):
@@ -433,8 +445,9 @@ class StorageTier:
             sizes = [self.backend.footprint(len(view)) for _, view in todo]
             need = sum(sizes)
             with self._lock:
-                victims = self._make_room(need, attempt)
+                victims = self._make_room(need, attempt, chain)
                 if victims is None or (attempt and not victims):
+                    too_many = victims is None and len(todo) > 1
                     break
                 # What is written takes the place of what was evicted for it: those bytes are set aside once.
                 reused = min(need, sum(victims.values()))
@@ -493,25 +506,34 @@ class StorageTier:
         return again
 
     # -- room ------------------------------------------------------------------------------------------------
-    def _make_room(self, need: int, spare: int) -> dict[ChunkKey, int] | None:
+    def _make_room(self, need: int, spare: int, chain: Sequence[ChunkKey]) -> dict[ChunkKey, int] | None:
         """Evict until `need` more bytes fit, at least `spare` keys; None when they never will. Lock held."""
         if self._index is None:
             return {}
-        return self._evict(self._used + self._held + need - self.capacity if self.capacity is not None else 0, spare)
+        over = 0 if self.capacity is None else self._used + self._held + need - self.capacity
+        return self._evict(over, spare, chain)
 
-    def _evict(self, over: int, spare: int) -> dict[ChunkKey, int] | None:
-        """Take the coldest keys, of `over` bytes or more, out of the index; None when it has not so many. Lock held."""
+    def _evict(self, over: int, spare: int, chain: Sequence[ChunkKey]) -> dict[ChunkKey, int] | None:
+        """Take the coldest keys, of `over` bytes or more, out of the index; None when it has not so many. Lock held.
+
+        `chain` stays: a prefix that evicted its own beginning could never be used.
+        """
         assert self._index is not None
         if over > self._used:
             return None
         victims: list[ChunkKey] = []
         freed = 0
         if over > 0 or spare > 0:
+            own = set(chain)
             for key in self._policy.coldest():
+                if key in own:
+                    continue
                 victims.append(key)
                 freed += self._index[key]
                 if freed >= over and len(victims) >= spare:
                     break
+        if freed < over:
+            return None
         self.counts["evicted"] += len(victims)
         return self._take_out(victims)
 

