@@ -211,10 +211,8 @@ class Pipeline:
                     slots.pins[slot] += 1
                     transfer._slots[position] = slot
             wanted = sorted(position for move in moves for position in move.positions)
-            room = self._take(len(wanted))
-            if len(room) < len(wanted):
-                end = self._cut(transfer, wanted[len(room)])
-                wanted = wanted[: len(room)]
+            room = self._fit(transfer, wanted)
+            end = len(transfer._slots)
             slot_at = dict(zip(wanted, room, strict=True))
             transfer.count = end
             for position in range(start, end):
@@ -252,12 +250,19 @@ class Pipeline:
         if ended:
             self._end([transfer])
 
-    def _cut(self, transfer: Transfer, end: int) -> int:
-        """Shorten a transfer for which memory has no room. Lock held."""
-        self.slots.unpin([slot for slot in transfer._slots[end:] if slot >= 0])
-        del transfer._slots[end:], transfer._sources[end:]
-        transfer._reason = MissReason.NO_ROOM
-        return end
+    def _fit(self, transfer: Transfer, wanted: list[int]) -> list[int]:
+        """Slots for the wanted positions. What memory has no room for is cut off the end of the transfer. Lock held."""
+        room = self._take(len(wanted))
+        while len(room) < len(wanted):
+            slot = transfer._slots.pop()
+            transfer._sources.pop()
+            transfer._reason = MissReason.NO_ROOM
+            if wanted[-1] == len(transfer._slots):
+                wanted.pop()
+            elif slot >= 0:
+                self.slots.unpin([slot])
+                room += self.slots.take(1)
+        return room
 
     def _await(self, transfer: Transfer, position: int, batch: Batch) -> None:
         """Let a transfer wait for one chunk of a batch. Lock held."""

@@ -447,7 +447,6 @@ class StorageTier:
             with self._lock:
                 victims = self._make_room(need, attempt, chain)
                 if victims is None or (attempt and not victims):
-                    too_many = victims is None and len(todo) > 1
                     break
                 # What is written takes the place of what was evicted for it: those bytes are set aside once.
                 reused = min(need, sum(victims.values()))
@@ -464,10 +463,16 @@ class StorageTier:
                     self._held -= held
             if self._index is None:
                 break
-        for i, _ in todo:
-            outcomes[i] = MissReason.NO_ROOM
         if todo and self._undeleted:
             self._delete({})
+        if victims is None and len(todo) > 1:
+            # Not all together; perhaps the first of them.
+            half = len(todo) // 2
+            self._put(todo[:half], keys, outcomes, epoch, chain)
+            self._put(todo[half:], keys, outcomes, epoch, chain)
+            return
+        for i, _ in todo:
+            outcomes[i] = MissReason.NO_ROOM
 
     def _put_once(
         self,

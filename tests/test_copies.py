@@ -312,24 +312,26 @@ def test_an_opaque_chunk_can_be_depacked_where_it_lies(variant: str) -> None:
 
 
 @pytest.mark.parametrize("item", [2, 4])
-def test_every_small_transposition(variant: str, item: int) -> None:
-    for rows, columns in np.ndindex(40, 40):
+@pytest.mark.parametrize("pad", [0, 1])
+def test_every_small_transposition(variant: str, item: int, pad: int) -> None:
+    for rows, columns in np.ndindex(36, 36):
         shape = (2, rows + 1, columns + 1)
-        page = np.arange(np.prod(shape), dtype=f"u{item}").reshape(shape)
+        padded_page = np.arange(2 * (rows + 1) * (columns + 1 + pad), dtype=f"u{item}").reshape(2, rows + 1, -1)
+        page = padded_page[:, :, : columns + 1]
         slot = np.zeros((2, columns + 1, rows + 1), page.dtype)
         dims = (
             Dim(2, page.strides[0], slot.strides[0]),
             Dim(rows + 1, page.strides[1], slot.strides[2]),
             Dim(columns + 1, page.strides[2], slot.strides[1]),
         )
-        geometry = PageGeometry(1, 1, slot.nbytes, page.nbytes, 0, 0, (Plane(item, dims),))
+        geometry = PageGeometry(1, 1, slot.nbytes, padded_page.nbytes, 0, 0, (Plane(item, dims),))
         paged = PagedKV([page.ctypes.data], geometry, 1)
         paged.gather([0], [slot.ctypes.data])
         assert np.array_equal(slot, page.swapaxes(1, 2)), shape
-        back = page.copy()
+        before = padded_page.copy()
         page[...] = 0
         paged.scatter([0], [slot.ctypes.data])
-        assert np.array_equal(page, back), shape
+        assert np.array_equal(padded_page, before), shape
 
 
 # Random geometries: any nest of loops, merged, permuted, padded and offset at will.

@@ -21,7 +21,18 @@ import pytest
 from lmcache_core.config import load
 
 ROOT = Path(__file__).parent.parent
-NOT_RUN = ("pip install", "python -m vllm", "python -m venv", "git clone", "vllm serve", "curl ", "apt-get ", "sudo ", "export ", "#")
+NOT_RUN = (
+    "pip install",
+    "python -m vllm",
+    "python -m venv",
+    "git clone",
+    "vllm serve",
+    "curl ",
+    "apt-get ",
+    "sudo ",
+    "export ",
+    "#",
+)
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 TINY_MODEL = """

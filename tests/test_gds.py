@@ -349,7 +349,7 @@ def a_journal(path: Path, records: int) -> tuple[Folder, list[Record], bytes]:
 
 
 def loaded(folder: Folder) -> list[Record] | None:
-    records = journal.load(folder)
+    records = journal.Journal(folder, 64).load()
     return None if records is None else list(records)
 
 
@@ -778,14 +778,14 @@ def scripted_life(backend: DiskBackend) -> None:
 
 @pytest.mark.parametrize("sticky", [False, True], ids=["once", "for good"])
 def test_the_nth_system_call_fails(tmp_path: Path, mode: str, sticky: bool) -> None:
-    """Each system call, at the 1st, 2nd, 4th, 11th and 40th time, with two errors each."""
+    """Each system call, at the 1st, 4th and 20th time, with two errors each."""
     codes = itertools.cycle(CODES)
     options = {"segment_bytes": PAGE + 3 * SLOT} if mode == "segments" else {}
     buffer = aligned(SLOT)
     happened: set[str] = set()
     names = ["open", "rename", "unlink", "fstat", "stat", "fstatvfs", "fsync", "pread_batch", "pwrite_batch"]
     names += ["pwrite", "posix_fallocate"] if mode == "segments" else ["ftruncate", "mkdir", "listdir"]
-    for name, nth, _ in itertools.product(names, (1, 2, 4, 11, 40), range(2)):
+    for name, nth, _ in itertools.product(names, (1, 4, 20), range(2)):
         code = next(codes)
         if (code, name) == (errno.ENOENT, "unlink"):
             code = errno.EIO  # what is not there need not be removed
@@ -827,7 +827,9 @@ def test_the_nth_system_call_of_the_start_fails(tmp_path: Path, mode: str, code:
                 continue
         # What could not be removed or read is made up for, or was not needed.
         buffer = aligned(SLOT)
-        assert [read_version(backend, n, buffer) for n in (1, 2, 3)] == [1, 1, 1], nth
+        # On a full disk a segment may be given up for the journal.
+        found = [read_version(backend, n, buffer) for n in (1, 2, 3)]
+        assert found == [1, 1, 1] or (code == errno.ENOSPC and found == [None] * 3), nth
         backend.close()
         if not failing.happened:
             break
@@ -843,7 +845,7 @@ def test_a_full_file_system(tmp_path: Path, buffer: memoryview, mode: str, inode
     """ENOSPC of bytes or inodes: soft, reads go on, evicting or somebody else's deletion helps."""
     with tmpfs(tmp_path / "t", 2 << 20, inodes) as where:
         (where / "other").write_bytes(bytes(600 << 10))
-        backend = build(where / "kv", 64 << 20, OBJECT, mode=mode, **({"inodes": 64} if mode == "files" else {}))
+        backend = build(where / "kv", 8 << 20, OBJECT, mode=mode)
         count = fill(backend)
         assert count > (15 if inodes else 30)
         assert all(read_version(backend, n, buffer) == 1 for n in range(count))
@@ -857,7 +859,7 @@ def test_a_full_file_system(tmp_path: Path, buffer: memoryview, mode: str, inode
         fill(backend, 2000)
         usage = backend.usage()
         backend.close()
-        backend = build(where / "kv", 64 << 20, OBJECT, mode=mode)
+        backend = build(where / "kv", 8 << 20, OBJECT, mode=mode)
         assert backend.usage() == usage
         assert read_version(backend, 1000, buffer) == 1
         backend.close()

@@ -279,6 +279,7 @@ def test_the_environment_switches_the_library_off() -> None:
 def test_a_library_that_cannot_be_used_is_explained(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None, says: str
 ) -> None:
+    monkeypatch.delenv("LMCACHE_NATIVE", raising=False)
     path = tmp_path / "liblmcache_host.so"
     if content is not None:
         path.write_bytes(content)

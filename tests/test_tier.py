@@ -201,17 +201,20 @@ def test_no_space_evicts_a_little_more_and_tries_again(make: Callable[..., Stora
     tier.check()
 
 
+@pytest.mark.parametrize("room", [1, 7, 8, 9])
 @pytest.mark.parametrize("pieces", [1, 6])
-def test_a_prefix_longer_than_the_tier_keeps_its_beginning(make: Callable[..., StorageTier], pieces: int) -> None:
+def test_a_prefix_longer_than_the_tier_keeps_its_beginning(
+    make: Callable[..., StorageTier], pieces: int, room: int
+) -> None:
     medium = Medium()
-    tier = make(medium, capacity=8 * OBJECT)
+    tier = make(medium, capacity=room * OBJECT)
     put(tier, keys(8, 100))
     whole = keys(12)
     outcomes: list[MissReason | None] = []
     for at in range(0, 12, 12 // pieces):
         outcomes += put(tier, whole[at : at + 12 // pieces], chain=whole[: at + 12 // pieces])
-    assert outcomes == [None] * 8 + [MissReason.NO_ROOM] * 4
-    assert set(medium.objects) == set(whole[:8])
+    assert outcomes == [None] * room + [MissReason.NO_ROOM] * (12 - room)
+    assert set(medium.objects) == set(whole[:room]) and medium.peak == room * OBJECT
 
 
 def test_no_space_with_nothing_to_evict_is_no_room(make: Callable[..., StorageTier]) -> None:

@@ -1,6 +1,7 @@
 """`mode: files`: one file per chunk, for network file systems and for directories that several processes share.
 
     objects/<h>/<h>/<key in hex>      h: two hex digits' worth of fan-out from the token chain, 256 leaves
+    trash-<random>                    objects that were cleared, until they are unlinked
     tmp/<random>                      being written, under a lock that dies with its writer; then renamed
 
 Names come from the key alone. Each process keeps its own books from a scan at start-up: it counts what it found,
@@ -16,6 +17,7 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +32,7 @@ from lmcache_core.units import Percent
 
 _OBJECTS = "objects"
 _TEMPORARY = "tmp"
+_TRASH = "trash-"
 _KEY = re.compile(r"[0-9a-f]{64}")
 _HEX = "0123456789abcdef"
 _BATCH = 16
@@ -66,7 +69,6 @@ class FileVolume:
         """Set when the books and the medium may differ; the backend then opens the directory anew."""
         self._capacity = capacity
         self._inodes = inodes
-        self._floor = folder.floor_bytes(free_floor)
         self._lock = threading.Lock()
         self._commit = threading.Lock()
         """Held while a file gets its name, so that `clear` misses none."""
@@ -81,13 +83,14 @@ class FileVolume:
         """Whether a failure may have left a new directory uncounted."""
         try:
             folder.refuse("journal", "segments")
-            self._objects = folder.enter(_OBJECTS, create=True)
+            self._floor = folder.floor_bytes(free_floor)
             self._temporary = folder.enter(_TEMPORARY, create=True)
             self._reap()
             self._direct = folder.direct_flag(io, self._temporary)
-            self._found = self._take_stock()
+            self._empty_trash()
+            self._found = self._take_stock(folder.enter(_OBJECTS, create=True))
         except OSError as error:
-            raise BackendUnavailable(f"{folder.path} cannot be read: {error}") from error
+            raise BackendUnavailable(f"{folder.path} cannot be recovered: {error}") from error
 
     # -- the contract ------------------------------------------------------------------------------------------
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
@@ -117,26 +120,30 @@ class FileVolume:
             self._forget(key)
 
     def clear(self) -> None:
-        """Unlink every object, whoever stored it, durably. Raise `BackendError`."""
+        """Remove every object, whoever stored it, durably: one rename, made lasting, and then the unlinking.
+
+        Raise `BackendError`.
+        """
         with self._commit:
-            with self._lock:
-                self._epoch += 1
             killpoint("clear.before")
             try:
+                at = self.folder.fd.number
+                os.rename(_OBJECTS, f"{_TRASH}{secrets.token_hex(8)}", src_dir_fd=at, dst_dir_fd=at)
+                os.fsync(at)
+                killpoint("clear.renamed")
                 for name in os.listdir(self._temporary.number):
                     self.folder.unlink(name, self._temporary)
-                for _, leaf in self._leaves():
-                    for name in os.listdir(leaf.number):
-                        if _KEY.fullmatch(name):
-                            self.folder.unlink(name, leaf)
-                            killpoint("clear.unlinked")
-                    os.fsync(leaf.number)
+                self._empty_trash()
+                objects = self.folder.enter(_OBJECTS, create=True)
             except OSError as error:
                 self.stale = True
                 raise BackendError(f"{self.folder.path} is not cleared: {error}") from error
             with self._lock:
-                self._used -= sum(file.allocated for file in self._index.values())
+                self._epoch += 1  # what began to be written before this, perhaps in a file removed above, is gone too
+                self._used -= sum(file.allocated for file in self._index.values()) + sum(self._directories.values())
                 self._index.clear()
+                self._directories.clear()
+            self._weigh_fixed(objects)
             killpoint("clear.after")
 
     def scan(self) -> Iterator[tuple[ChunkKey, int]]:
@@ -282,7 +289,7 @@ class FileVolume:
     def _leaf(self, key: ChunkKey, *, create: bool = False) -> Fd:
         """The open directory of a key's file, reached without following links. Raise `OSError`."""
         _, first, second = _path(key).split("/")
-        outer = self.folder.enter(first, self._objects, create=create)
+        outer = self.folder.enter(first, self.folder.enter(_OBJECTS, create=create), create=create)
         leaf = self.folder.enter(second, outer, create=create)
         if create:
             self._weigh(f"{_OBJECTS}/{first}", outer)
@@ -290,9 +297,10 @@ class FileVolume:
 
     def _leaves(self) -> Iterator[tuple[str, Fd]]:
         """Every leaf directory there is, with its path."""
+        objects = self.folder.enter(_OBJECTS)
         for first in _HEX:
             try:
-                outer = self.folder.enter(first, self._objects)
+                outer = self.folder.enter(first, objects)
             except FileNotFoundError:
                 continue
             self._weigh(f"{_OBJECTS}/{first}", outer)
@@ -317,6 +325,12 @@ class FileVolume:
             self._used += allocated - self._directories.get(path, 0)
             self._directories[path] = allocated
 
+    def _weigh_fixed(self, objects: Fd) -> None:
+        """Count the directories that are always there."""
+        self._weigh("", self.folder.fd)
+        self._weigh(_OBJECTS, objects)
+        self._weigh(_TEMPORARY, self._temporary)
+
     def _adopt(self, key: ChunkKey) -> bool:
         """Whether another process has stored the key; if so it is counted from now on."""
         try:
@@ -335,6 +349,12 @@ class FileVolume:
             if file is not None:
                 self._used -= file.allocated
 
+    def _empty_trash(self) -> None:
+        """Remove what `clear` took out of the way, now or before somebody was killed."""
+        for name in os.listdir(self.folder.fd.number):
+            if name.startswith(_TRASH):
+                shutil.rmtree(name, dir_fd=self.folder.fd.number)
+
     def _reap(self) -> None:
         """Remove what writers that are no more left behind: their locks are free."""
         for name in os.listdir(self._temporary.number):
@@ -347,12 +367,10 @@ class FileVolume:
                 raise
             self.folder.unlink(name, self._temporary)
 
-    def _take_stock(self) -> list[ChunkKey]:
+    def _take_stock(self, objects: Fd) -> list[ChunkKey]:
         """Count everything, evict down to the limits, and return the keys, coldest first."""
         ages: dict[ChunkKey, int] = {}
-        self._weigh("", self.folder.fd)
-        self._weigh(_OBJECTS, self._objects)
-        self._weigh(_TEMPORARY, self._temporary)
+        self._weigh_fixed(objects)
         for path, leaf in self._leaves():
             self._weigh(path, leaf)
             with os.scandir(leaf.number) as entries:

@@ -24,6 +24,7 @@ Io = Literal["auto", "direct", "buffered"]
 
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 BLOCK = 512
 """Unit of `st_blocks`, whatever the file system's own block is."""
 
@@ -60,9 +61,9 @@ class Folder:
                 with contextlib.suppress(FileExistsError):  # checked below like any other
                     path.mkdir(mode=0o700)
             self.fd = Fd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | _FLAGS))
+            info = os.fstat(self.fd.number)
         except OSError as error:
             raise BackendUnavailable(_why_not(path, error)) from error
-        info = os.fstat(self.fd.number)
         self._identity = (info.st_dev, info.st_ino)
         self.device = info.st_dev
         if device is not None and device != self.device:
@@ -148,13 +149,15 @@ class Folder:
             with mmap.mmap(-1, PAGE) as page:
                 os.pwrite(fd.number, page, 0)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, *NO_ROOM):
                 raise BackendUnavailable(_why_not(self.path, error)) from error
-            if io == "direct":
+            refused = error.errno not in NO_ROOM
+            if io == "direct" and refused:
                 raise BackendUnavailable(
                     f"the file system of {self.path} refuses direct I/O (O_DIRECT); use `io: auto` or `io: buffered`"
                 ) from error
-            return 0
+            # Nothing can be tried on a full disk: the page cache always works.
+            return 0 if io == "auto" else os.O_DIRECT
         finally:
             with contextlib.suppress(OSError):  # on a read-only file system it was never made
                 self.unlink(name, within)

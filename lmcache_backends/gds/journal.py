@@ -67,7 +67,7 @@ class Journal:
     """Appends records; not thread-safe, the store's commit lock guards it."""
 
     def __init__(self, folder: Folder, records: int) -> None:
-        """Room for `records`; the file is made by the first `rewrite`."""
+        """Room for `records`; the file is taken over by `load` or made by the first `rewrite`."""
         self._folder = folder
         self.nbytes = file_bytes(records)
         """Size of the file."""
@@ -77,11 +77,39 @@ class Journal:
         self._count = 0
         self.broken = True
         """Whether the file no longer tells the truth and must be rewritten before any slot is reused."""
+        self.excess = 0
+        """Bytes by which the file found, perhaps of a larger capacity, is larger than the next one."""
 
     @property
     def allocated(self) -> int:
         """Bytes on the medium."""
         return self._fd.allocated if self._fd else 0
+
+    def load(self) -> Iterable[Record] | None:
+        """The records on the medium in order, or None when the file is missing, torn or not a journal of ours.
+
+        A file of the planned size is appended to from now on; of another size, it is broken.
+        """
+        try:
+            fd = self._folder.open(NAME, os.O_RDWR)
+            with os.fdopen(os.dup(fd.number), "rb") as file:
+                head, body = file.read(PAGE), file.read()
+        except OSError:
+            return None
+        self.excess = max(0, fd.allocated - self.nbytes)
+        if len(head) < PAGE or head[_HEADER.size : _HEADER.size + 8] != _xxh3(head[: _HEADER.size]):
+            return None
+        magic, version, generation, snapshot = _HEADER.unpack_from(head)
+        if magic != _MAGIC or version != _VERSION:
+            return None
+        body = body[: len(body) // _RECORD.size * _RECORD.size]
+        good = _checks(np.frombuffer(body, dtype="<u8").reshape(-1, 8), generation)
+        count = len(good) if good.all() else int(good.argmin())
+        if count < snapshot or good[count:].any():
+            return None
+        if PAGE + len(body) == self.nbytes:
+            self._fd, self._generation, self._count, self.broken = fd, generation, count, False
+        return (_unpack(fields) for fields in _RECORD.iter_unpack(memoryview(body)[: count * _RECORD.size]))
 
     def fits(self, count: int) -> bool:
         """Whether that many records can be appended before a rewrite."""
@@ -121,34 +149,6 @@ class Journal:
 def file_bytes(records: int) -> int:
     """Size of a journal with room for `records`."""
     return round_up(PAGE + records * _RECORD.size)
-
-
-def excess(folder: Folder, nbytes: int) -> int:
-    """Bytes by which the journal that is there, perhaps of a larger capacity, is larger than `nbytes`."""
-    with contextlib.suppress(FileNotFoundError):
-        return max(0, os.stat(NAME, dir_fd=folder.fd.number, follow_symlinks=False).st_size - nbytes)
-    return 0
-
-
-def load(folder: Folder) -> Iterable[Record] | None:
-    """The records of the journal in order, or None when it is missing, torn or not a journal of ours."""
-    try:
-        fd = folder.open(NAME, os.O_RDONLY)
-        with os.fdopen(os.dup(fd.number), "rb") as file:
-            head, body = file.read(PAGE), file.read()
-    except OSError:
-        return None
-    if len(head) < PAGE or head[_HEADER.size : _HEADER.size + 8] != _xxh3(head[: _HEADER.size]):
-        return None
-    magic, version, generation, snapshot = _HEADER.unpack_from(head)
-    if magic != _MAGIC or version != _VERSION:
-        return None
-    body = body[: len(body) // _RECORD.size * _RECORD.size]
-    good = _checks(np.frombuffer(body, dtype="<u8").reshape(-1, 8), generation)
-    count = len(good) if good.all() else int(good.argmin())
-    if count < snapshot or good[count:].any():
-        return None
-    return (_unpack(fields) for fields in _RECORD.iter_unpack(memoryview(body)[: count * _RECORD.size]))
 
 
 def _unpack(fields: tuple[bytes, int, int, int, int]) -> Record:

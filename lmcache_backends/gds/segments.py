@@ -53,9 +53,6 @@ class SegmentVolume:
         self.stale = False
         """Set when memory and medium may differ; the backend then opens the directory anew."""
         self._geometry = geometry
-        folder.refuse("objects", "files")
-        self._owner = _take_lock(folder)
-        self._floor = folder.floor_bytes(free_floor)
         self._lock = threading.Lock()
         self._commit = threading.Lock()
         self._slab = Slab()
@@ -66,6 +63,9 @@ class SegmentVolume:
         """Read since the last journal record, coldest first."""
         self._journal = Journal(folder, geometry.journal_records)
         try:
+            folder.refuse("objects", "files")
+            self._owner = _take_lock(folder)
+            self._floor = folder.floor_bytes(free_floor)
             self._reap()
             self._direct = folder.direct_flag(io)
             self._recover()
@@ -398,7 +398,7 @@ class SegmentVolume:
     # -- recovery ----------------------------------------------------------------------------------------------
     def _recover(self) -> None:
         segments = self._open_segments()
-        records = journal.load(self.folder)
+        records = self._journal.load()
         if records is None:
             records = _scan_headers(segments)
         taken = _replay(records, segments, self._index)
@@ -407,16 +407,16 @@ class SegmentVolume:
             segment.free = deque(slot for slot in range(segment.slots) if owners[slot] is None)
             self._slab.add(segment)
         self._object_bytes = sum(entry.nbytes for entry in self._index.values())
-        excess = journal.excess(self.folder, self._journal.nbytes)
-        while self._room() < excess and self._slab.segments:
+        while self._room() < self._journal.excess and self._slab.segments:
             self._shed()
         while len(self._index) > self._journal.records // 2:
             _, entry = self._index.popitem(last=False)
             self._object_bytes -= entry.nbytes
             self._slab.give(entry.segment, entry.slot)
-        while True:
+            self._journal.broken = True
+        while self._journal.broken:
             try:
-                return self._rewrite()
+                self._rewrite()
             except OSError as error:
                 if not isinstance(transfer.no_space(error, ""), NoSpace) or not self._slab.segments:
                     raise
@@ -453,6 +453,7 @@ class SegmentVolume:
         for key in [key for key, entry in self._index.items() if entry.segment is victim]:
             self._object_bytes -= self._index.pop(key).nbytes
         self._slab.remove(victim)
+        self._journal.broken = True
         self._drop(victim)
 
 

@@ -7,11 +7,10 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lmcache_backends.gds.folder import NO_ROOM
 from lmcache_core import _native
 from lmcache_core.errors import NoSpace
 from lmcache_core.types import PAGE, round_up
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Span(NamedTuple):
@@ -49,7 +48,7 @@ def write(spans: Sequence[Span]) -> list[int]:
 
 def failure(result: int, name: str) -> OSError | NoSpace:
     """The exception for a transfer that returned `result` instead of all its bytes."""
-    if -result in _NO_ROOM:
+    if -result in NO_ROOM:
         return NoSpace(f"{name}: {os.strerror(-result)}")
     if result < 0:
         return OSError(-result, os.strerror(-result), name)
@@ -58,4 +57,4 @@ def failure(result: int, name: str) -> OSError | NoSpace:
 
 def no_space(error: OSError, name: str) -> OSError | NoSpace:
     """`NoSpace` for the errors that evicting may cure, else the error itself."""
-    return failure(-error.errno, name) if error.errno in _NO_ROOM else error
+    return failure(-error.errno, name) if error.errno in NO_ROOM else error

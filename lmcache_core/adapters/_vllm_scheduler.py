@@ -181,7 +181,7 @@ class Scheduler:
             self._drop(state)
             return 0, False
         fetch = state.fetch
-        if fetch is not None and (fetch.first > first or fetch.first + len(fetch.keys) < last):
+        if fetch is not None and fetch.first > first:
             self._drop(state)
             fetch = None
         if fetch is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 import numpy as np
@@ -189,10 +189,6 @@ def make_pipeline(chunks: int, storage: DictStorage | None = None, *, deadline: 
 IDENTITY = Identity(model="fake", weights="0" * 64, layout=LAYOUT)
 
 
-def admit(request: FakeRequest) -> Identity | str:
-    return request.refused or IDENTITY.with_request(lora=request.lora, salt=request.salt)
-
-
 class FakeEngine:
     """vLLM's scheduler and worker in miniature: chunked prefill, prefix cache, preemption, asynchronous loads."""
 
@@ -210,11 +206,12 @@ class FakeEngine:
         attachable: bool = True,
     ) -> None:
         self.pages = np.full((LAYERS, blocks, BLOCK, TOKEN_BYTES), POISON, dtype=np.uint8)
+        self.revision = ""
         self.connector: Scheduler | None = None
         if pipeline is not None:
             self.connector = Scheduler(
                 pipeline,
-                admit,
+                self._admit,
                 asynchronous=asynchronous,
                 overlap=overlap,
                 save_decode=save_decode,
@@ -235,6 +232,10 @@ class FakeEngine:
         self.outputs: deque[tuple[dict[str, int], set[str], set[int], StepReport | None]] = deque()
         self.steps = 0
         self.computed_tokens = 0
+
+    def _admit(self, request: FakeRequest) -> Identity | str:
+        identity = replace(IDENTITY, revision=self.revision)
+        return request.refused or identity.with_request(lora=request.lora, salt=request.salt)
 
     def _bind(self, layout: KVLayout) -> PagedKV:
         if not self.attachable:

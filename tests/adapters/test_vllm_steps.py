@@ -12,7 +12,8 @@ from fake_vllm import BLOCK, CHUNK, DictStorage, FakeEngine, FakeRequest, answer
 
 from lmcache_core.adapters import _vllm_scheduler
 from lmcache_core.adapters._vllm_wire import StepReport
-from lmcache_core.pipeline import Pipeline
+from lmcache_core.pipeline import Pipeline, Transfer
+from lmcache_core.testing.invariants import settle
 from lmcache_core.types import ChunkKey, MissReason
 
 _ids = itertools.count()
@@ -30,19 +31,13 @@ def ask(engine: FakeEngine, prompt: list[int], max_new: int = 3, **more: object)
     return request
 
 
-def settled(pipeline: Pipeline) -> None:
-    """Everything that was written is written, and nothing is held."""
-    assert pipeline.flush(20)
-    pipeline.check(idle=True)
-
-
 def fill(storage: DictStorage, *prompts: list[int]) -> list[ChunkKey]:
     """A first lifetime that leaves the prompts in `storage`; the keys it stored, in order."""
     pipeline = make_pipeline(64, storage)
     engine = FakeEngine(pipeline)
     for prompt in prompts:
         ask(engine, prompt)
-    settled(pipeline)
+    settle(pipeline)
     keys = list(pipeline.slots.index)
     pipeline.close()
     return keys
@@ -63,7 +58,7 @@ def test_second_request_loads_the_prefix(length: int, lag: int, asynchronous: bo
     hit = min(length // CHUNK * CHUNK, (length - 1) // BLOCK * BLOCK)
     local = (length - 1) // BLOCK * BLOCK if prefix_cache else 0
     assert second.external == max(0, hit - local)
-    settled(pipeline)
+    settle(pipeline)
 
 
 def test_hit_begins_and_ends_inside_chunks() -> None:
@@ -79,14 +74,14 @@ def test_hit_begins_and_ends_inside_chunks() -> None:
     # From the second block on, up to the block that holds the last token.
     assert request.external == 3 * CHUNK - BLOCK - BLOCK
     assert engine.computed_tokens - before == BLOCK
-    settled(pipeline)
+    settle(pipeline)
 
 
 def test_chunked_prefill_saves_each_chunk_once() -> None:
     pipeline = make_pipeline(32)
     ask(FakeEngine(pipeline, budget=7), tokens(5 * CHUNK + 3), max_new=1)
     assert pipeline.stats()["stored"] == 5
-    settled(pipeline)
+    settle(pipeline)
 
 
 @pytest.mark.parametrize("save_decode", [True, False])
@@ -100,7 +95,7 @@ def test_generated_tokens_are_saved_if_wanted(save_decode: bool, lag: int) -> No
     assert pipeline.stats()["stored"] == whole
     again = ask(engine, first.all_token_ids, max_new=2)
     assert again.external == whole * CHUNK
-    settled(pipeline)
+    settle(pipeline)
 
 
 def test_salts_and_adapters_are_kept_apart() -> None:
@@ -126,7 +121,7 @@ def test_refused_and_unread_requests() -> None:
     ask(engine, prompt, read=False)
     assert ask(engine, prompt, read=False).external == 0
     assert ask(engine, prompt).external == 48
-    settled(pipeline)
+    settle(pipeline)
 
 
 def test_match_is_idempotent() -> None:
@@ -148,7 +143,7 @@ def test_match_is_idempotent() -> None:
     assert connector.match(request, 0) == first
     assert connector.match(request, 48) == (0, False)
     connector.finished("again")
-    settled(pipeline)
+    settle(pipeline)
 
 
 def test_a_miss_is_counted_once_until_something_is_stored() -> None:
@@ -165,7 +160,7 @@ def test_a_miss_is_counted_once_until_something_is_stored() -> None:
     ask(engine, prompt)
     assert connector.match(request, 0) == (48, False)
     connector.finished("waiting")
-    settled(pipeline)
+    settle(pipeline)
 
 
 def test_a_hit_the_engine_does_not_use_is_let_go() -> None:
@@ -178,7 +173,7 @@ def test_a_hit_the_engine_does_not_use_is_let_go() -> None:
     request = FakeRequest("unused", prompt, 1)
     assert connector.match(request, 0) == (48, False)
     connector.allocated("unused", list, 0)
-    settled(pipeline)
+    settle(pipeline)
     connector.finished("unused")
 
 
@@ -189,7 +184,7 @@ def test_sources_name_the_tiers(mode: dict[str, bool]) -> None:
     engine = FakeEngine(pipeline, **mode)
     prompt = tokens(64)
     ask(engine, prompt)
-    settled(pipeline)
+    settle(pipeline)
     pipeline.clear("dram")
     connector = engine.connector
     assert connector is not None
@@ -199,7 +194,7 @@ def test_sources_name_the_tiers(mode: dict[str, bool]) -> None:
     assert connector.sources("sources", request.external) == {"disk": 60}
     assert connector.sources("sources", request.external + BLOCK) == {}
     engine.run()
-    settled(pipeline)
+    settle(pipeline)
 
 
 # -- storage -----------------------------------------------------------------------------------------------------
@@ -217,7 +212,7 @@ def test_restart_reads_from_storage(mode: dict[str, bool], prefix_cache: bool) -
     request = ask(engine, prompt)
     assert request.external == 96
     assert pipeline.stats()["hits"]["disk"] == 6
-    settled(pipeline)
+    settle(pipeline)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -238,7 +233,7 @@ def test_a_slow_read_holds_up_nobody_else(mode: dict[str, bool], monkeypatch: py
     engine.run()
     assert slow.output == answer(prompt, 2)
     assert slow.external == 96
-    settled(pipeline)
+    settle(pipeline)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -264,12 +259,12 @@ def test_a_failed_read_is_computed_instead(mode: dict[str, bool], bad: int) -> N
     assert request.external == promised
     assert connector.counts["failed_blocks"] == ((6 - bad) * CHUNK // BLOCK if mode else 0)
     assert pipeline.stats()["misses"] == {MissReason.CORRUPT: 6 - bad}
-    settled(pipeline)
+    settle(pipeline)
     # The bad object was forgotten, and what was computed instead is stored and good.
     storage.broken.clear()
     third = make_pipeline(32, storage)
     assert ask(FakeEngine(third, **mode), prompt).external == 96
-    settled(third)
+    settle(third)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -296,7 +291,7 @@ def test_abort_at_every_step_of_a_load(mode: dict[str, bool], after: int, monkey
     engine.run()
     assert other.output == answer(prompt, 2)
     assert len(engine.free) == 63
-    settled(pipeline)
+    settle(pipeline)
 
 
 def test_requests_beyond_the_limit_wait_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,11 +302,81 @@ def test_requests_beyond_the_limit_wait_their_turn(monkeypatch: pytest.MonkeyPat
     pipeline = make_pipeline(32, storage)
     engine = FakeEngine(pipeline, blocks=128)
     requests = [engine.add(FakeRequest(f"q{i}", prompt, 2)) for i, prompt in enumerate(prompts)]
+    assert engine.connector is not None
+    storage.gate.clear()
+    for _ in range(4):
+        engine.step()
+        assert engine.connector._held() == 2
+    storage.gate.set()
     engine.run()
     for request, prompt in zip(requests, prompts, strict=True):
         assert request.output == answer(prompt, 2)
         assert request.external == 32
-    settled(pipeline)
+    settle(pipeline)
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_an_aborted_load_gives_its_blocks_back_at_once(mode: dict[str, bool]) -> None:
+    storage = DictStorage()
+    prompt = tokens(100)
+    fill(storage, prompt)
+    pipeline = make_pipeline(32, storage)
+    engine = FakeEngine(pipeline, **mode)
+    ask(engine, tokens(3))
+    storage.gate.clear()
+    victim = engine.add(FakeRequest("victim", prompt, 5))
+    engine.step()
+    assert victim.receiving
+    engine.abort(victim)
+    engine.run(limit=3)
+    assert len(engine.free) == 63
+    storage.gate.set()
+    settle(pipeline)
+
+
+def test_blocks_the_engine_found_meanwhile_are_not_loaded() -> None:
+    storage = DictStorage()
+    prompt = tokens(100)
+    fill(storage, prompt)
+    pipeline = make_pipeline(32, storage)
+    engine = FakeEngine(pipeline, prefix_cache=True)
+    storage.gate.clear()
+    reader = engine.add(FakeRequest("reader", prompt, 2))
+    engine.step()
+    # While it waits for its chunks, another request computes ten and a bit of its blocks.
+    engine.add(FakeRequest("other", prompt[:41], 1, read=False))
+    for _ in range(4):
+        engine.step()
+    storage.gate.set()
+    engine.run()
+    assert reader.output == answer(prompt, 2)
+    assert reader.external == 96 - 40
+    settle(pipeline)
+
+
+def test_idle_steps_leave_the_interpreter_to_the_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = DictStorage()
+    prompt = tokens(100)
+    fill(storage, prompt)
+    engine = FakeEngine(make_pipeline(32, storage))
+    storage.gate.clear()
+    waits: list[float | None] = []
+
+    def wait(self: Transfer, timeout: float | None = None) -> bool:
+        waits.append(timeout)
+        return self.done
+
+    monkeypatch.setattr(Transfer, "wait", wait)
+    engine.add(FakeRequest("reader", prompt, 2))
+    engine.step()
+    assert waits == [_vllm_scheduler.IDLE_WAIT_S]
+    # A step with work to do does not wait.
+    engine.add(FakeRequest("worker", tokens(40, 1), 2))
+    engine.step()
+    assert [timeout for timeout in waits if timeout is not None] == [_vllm_scheduler.IDLE_WAIT_S]
+    monkeypatch.undo()
+    storage.gate.set()
+    engine.run()
 
 
 # -- trouble -----------------------------------------------------------------------------------------------------
@@ -324,7 +389,26 @@ def test_preempted_requests_load_again() -> None:
     for i, request in enumerate(requests):
         assert request.output == answer(tokens(33, i), 24)
     assert sum(request.external for request in requests) > 0
-    settled(pipeline)
+    settle(pipeline)
+
+
+def test_a_request_that_starts_again_saves_again() -> None:
+    pipeline = make_pipeline(32)
+    connector = FakeEngine(pipeline).connector
+    assert connector is not None
+    request = FakeRequest("again", tokens(2 * CHUNK), 1)
+
+    def compute() -> int:
+        assert connector.match(request, 0) == (0, False)
+        plan = connector.plan({"again": 2 * CHUNK}, lambda _: list(range(1, 9)))
+        connector.done(StepReport(plan.step, True))
+        return 0 if plan.saves is None else len(plan.saves.offsets)
+
+    assert compute() == 2
+    pipeline.clear()
+    assert compute() == 2
+    connector.finished("again")
+    settle(pipeline)
 
 
 def test_memory_smaller_than_a_prompt() -> None:
@@ -334,7 +418,7 @@ def test_memory_smaller_than_a_prompt() -> None:
     prompt = tokens(10 * CHUNK)
     ask(engine, prompt)
     assert ask(engine, prompt).external <= 3 * CHUNK
-    settled(pipeline)
+    settle(pipeline)
 
 
 def test_worker_that_cannot_attach_turns_caching_off() -> None:
@@ -345,7 +429,7 @@ def test_worker_that_cannot_attach_turns_caching_off() -> None:
     assert ask(engine, prompt).external == 0
     assert engine.connector is not None
     assert engine.connector.disabled == "this worker cannot attach"
-    settled(pipeline)
+    settle(pipeline)
 
 
 def test_worker_that_never_answers_turns_caching_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +461,7 @@ def test_saves_of_a_step_that_was_not_reported_are_not_published() -> None:
     assert pipeline.stats()["stored"] == 0
     done(reports[-1])
     assert pipeline.stats()["stored"] == 1
-    settled(pipeline)
+    settle(pipeline)
 
 
 def test_null_blocks_are_never_saved() -> None:
@@ -390,7 +474,7 @@ def test_null_blocks_are_never_saved() -> None:
     assert plan.saves is None
     assert connector.counts["null_blocks"] == 1
     connector.finished("window")
-    settled(pipeline)
+    settle(pipeline)
 
 
 def test_a_chunk_that_is_read_while_it_is_saved_is_kept_once() -> None:
@@ -410,7 +494,7 @@ def test_a_chunk_that_is_read_while_it_is_saved_is_kept_once() -> None:
     storage.gate.set()
     engine.run()
     assert saver.output == reader.output == answer(prompt, 2)
-    settled(pipeline)
+    settle(pipeline)
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -426,12 +510,29 @@ def test_reset_forgets_what_was_stored_and_what_is_being_saved(lag: int) -> None
     assert engine.connector.clear()
     engine.run()
     assert request.output == answer(prompt, 2)
-    settled(pipeline)
+    settle(pipeline)
     # What the running request had computed before the reset was not saved after it.
     assert not pipeline.slots.index
     assert not storage.stored
     ask(engine, prompt)
     assert ask(engine, prompt).external == 4 * CHUNK - BLOCK
+
+
+def test_requests_that_waited_through_a_reset_are_saved_under_the_new_identity() -> None:
+    pipeline = make_pipeline(32)
+    engine = FakeEngine(pipeline)
+    connector = engine.connector
+    assert connector is not None
+    prompt = tokens(2 * CHUNK)
+    request = engine.add(FakeRequest("waiting", prompt, 1))
+    assert connector.match(request, 0) == (0, False)
+    engine.revision = "after"
+    assert connector.clear()
+    engine.run()
+    assert len(pipeline.slots.index) == 2
+    assert ask(engine, prompt).external > 0
+    engine.revision = ""
+    assert ask(engine, prompt).external == 0
 
 
 def test_close_with_everything_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,7 +617,7 @@ def _chaos(seed: int, mode: dict[str, bool]) -> None:
         for request in live:
             if not request.aborted:
                 assert request.output == answer(request.prompt, request.max_new, request.salt)
-        settled(pipeline)
+        settle(pipeline)
         assert engine.connector is not None
         engine.connector.close(20)
 
