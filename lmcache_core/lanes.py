@@ -120,8 +120,11 @@ class Lane:
                 self._bytes += nbytes
                 self._ready.notify()
                 return None
+            stuck = self._is_stuck()
         if paused:
             breaker.forgo()
+        elif stuck:
+            breaker.record(MissReason.DEADLINE)
         return refusal
 
     @property
@@ -131,8 +134,13 @@ class Lane:
 
     @property
     def room(self) -> int:
-        """Bytes that `submit` would take now."""
-        return max(0, self.max_bytes - self._bytes)
+        """Bytes that `submit` would take now; when it is stuck, all it ever takes, so that its refusals are heard."""
+        with self._ready:
+            return self.max_bytes if self._is_stuck() else max(0, self.max_bytes - self._bytes)
+
+    def _is_stuck(self) -> bool:
+        """Whether every running job is overdue: then what waits, waits for the medium and not for its turn."""
+        return bool(self._running) and all(item.reported for item in self._running)
 
     def _work(self) -> None:
         while True:
@@ -175,8 +183,8 @@ class Lane:
     def sweep(self) -> None:
         """Give up on what is overdue: cancel queued jobs, tell about running ones. Never waits for the medium.
 
-        Jobs that waited too long count against the medium only when a thread is stuck: a queue that is merely long
-        says nothing about it.
+        Jobs that waited too long count against the medium only when the lane is stuck: a queue that is merely long says
+        nothing about it.
         """
         if not self._queue and not self._running:
             return
@@ -193,7 +201,7 @@ class Lane:
                 self._bytes -= sum(item.nbytes for item in stale)
                 if not self._running and not self._queue:
                     self._idle.notify_all()
-            stuck = any(item.reported for item in self._running)
+            stuck = self._is_stuck()
         for item in overdue:
             item.breaker.record(MissReason.DEADLINE)
             item.late(MissReason.DEADLINE)

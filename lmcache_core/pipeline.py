@@ -218,7 +218,7 @@ class Pipeline:
             for position in range(start, end):
                 if transfer._slots[position] < 0 and position not in slot_at:
                     self._await(transfer, position, self._loads[keys[position]])
-            # The deadline counts from the call, unless a medium had to be asked first.
+            # Reading has its whole time, where the call's deadline leaves it: a medium had to be asked first.
             begun = transfer._begun if located.immediate else monotonic()
             for move in moves:
                 tier = self.tiers[move.tier]
@@ -229,7 +229,7 @@ class Pipeline:
                         tier,
                         [keys[position] for position in part.positions],
                         [slot_at[position] for position in part.positions],
-                        begun + tier.deadline,
+                        min(begun + tier.deadline, transfer._deadline),
                         self._epoch,
                     )
                     self._reading += len(batch.slots)

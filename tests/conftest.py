@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from lmcache_backends.cpu import CpuConfig
 from lmcache_core.build import build
@@ -20,6 +21,9 @@ from lmcache_core.testing.invariants import settle
 from lmcache_core.types import ChunkKey, object_bytes, round_up
 
 BuildPipeline = Callable[..., Pipeline]
+
+settings.register_profile("lmcache", deadline=None)  # a slow machine is no defect
+settings.load_profile("lmcache")
 
 
 @pytest.fixture
@@ -66,8 +70,11 @@ def pipelines(layout: KVLayout) -> Iterator[BuildPipeline]:
         return pipeline
 
     yield make
-    for pipeline, injector in opened:
-        if injector is not None:
-            injector.release()
-        settle(pipeline)
-        pipeline.close()
+    try:
+        for pipeline, injector in opened:
+            if injector is not None:
+                injector.release()
+            settle(pipeline)
+    finally:
+        for pipeline, _ in opened:
+            pipeline.close()

@@ -1,10 +1,10 @@
 """Every code block of the README and of docs/ is executed, by its language:
 
 * `yaml`, `toml`: loads as a configuration.
-* `python`: runs in a process of its own, in an empty directory that holds `examples/`. `python tiny-model` gets a tiny random
-  Llama as `model` and a prompt as `inputs` first.
-* `bash`: `lmcachectl` lines run; of `make` lines the target must exist. `bash no-run` is for what needs a server, a download
-  or another machine, and may only start with one of `NOT_RUN`.
+* `python`: runs in a process of its own, in an empty directory that holds `examples/`. `python tiny-model` gets a
+  tiny random Llama as `model` and a prompt as `inputs` first.
+* `bash`: `lmcachectl` lines run; of `make` lines the target must exist. `bash no-run` is for what needs a server, a
+  download or another machine, and may only start with one of `NOT_RUN`.
 * `text` and `json` are not code.
 """
 
@@ -39,8 +39,9 @@ TINY_MODEL = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, eos_token_id=None, bos_token_id=None)).eval()
+config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=2048, eos_token_id=None, bos_token_id=None)
+model = LlamaForCausalLM(config).eval()
 ids = torch.randint(0, 128, (1, 600))
 inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 """
@@ -57,7 +58,7 @@ def blocks() -> list[object]:
     return found
 
 
-@pytest.mark.parametrize(("info", "code"), blocks())
+@pytest.mark.parametrize("info, code", blocks())
 def test_block(info: str, code: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     language, _, option = info.partition(" ")
@@ -100,3 +101,12 @@ def test_relative_links_exist() -> None:
             if not (file.parent / target).exists():
                 missing.append(f"{file.relative_to(ROOT)} -> {target}")
     assert not missing, missing
+
+
+def test_every_test_named_in_the_promises_exists() -> None:
+    sources = [path.read_text() for path in (ROOT / "tests").rglob("*.py")]
+    text = (ROOT / "docs" / "promises.md").read_text()
+    names = set(re.findall(r"`(test_[a-z0-9_]+)`", text))
+    assert len(names) > 40
+    assert not [name for name in names if not any(f"def {name}(" in source for source in sources)]
+    assert not [file for file in re.findall(r"`(tests/[a-z0-9_/]+\.py)`", text) if not (ROOT / file).exists()]

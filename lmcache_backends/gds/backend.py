@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 from lmcache_backends.gds.folder import Folder
 from lmcache_core.errors import BackendError, Closed
 from lmcache_core.protocols import StorageBackend
 from lmcache_core.types import ChunkKey, Got, Put, Usage
+
+_T = TypeVar("_T")
 
 
 class Volume(Protocol):
@@ -52,15 +54,15 @@ class DiskBackend(StorageBackend):
 
     def get_into(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
         try:
-            return self._here().get_into(keys, buffers)
+            return _bare(self._here().get_into(keys, buffers))
         except (BackendError, Closed, OSError) as error:
-            return [error] * len(keys)
+            return _bare([error] * len(keys))
 
     def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
         try:
-            return self._here().put_from(keys, buffers)
+            return _bare(self._here().put_from(keys, buffers))
         except (BackendError, Closed, OSError) as error:
-            return [error] * len(keys)
+            return _bare([error] * len(keys))
 
     def delete(self, keys: Sequence[ChunkKey]) -> None:
         self._here().delete(keys)
@@ -98,6 +100,14 @@ class DiskBackend(StorageBackend):
             if self._volume is None:
                 self._volume = self._open_volume(self._device)
             return self._volume
+
+
+def _bare(results: list[_T]) -> list[_T]:
+    """The results, their exceptions without tracebacks: these would keep files open, and with them a lost disk busy."""
+    for result in results:
+        if isinstance(result, Exception):
+            result.__traceback__ = result.__cause__ = result.__context__ = None
+    return results
 
 
 class SegmentBackend(DiskBackend):

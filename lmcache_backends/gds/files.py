@@ -116,7 +116,9 @@ class FileVolume:
         for key in keys:
             killpoint("file.before_unlink")
             with contextlib.suppress(FileNotFoundError):
-                self.folder.unlink(key.hex(), self._leaf(key))
+                leaf = self._leaf(key)
+                self.folder.unlink(key.hex(), leaf)
+                self._weigh(_path(key), leaf)  # xfs gives a directory's blocks back
             self._forget(key)
 
     def clear(self) -> None:

@@ -115,8 +115,8 @@ def _check_kind(model: PreTrainedModel) -> None:
     if getattr(model, "_tp_size", None):
         raise Unsupported("tensor-parallel models are not supported: each process holds a part of the heads")
     devices = {str(p.device) for p in model.parameters()}
-    if len(devices) != 1 or "meta" in devices:
-        raise Unsupported(f"parameters must be on one device, not on {', '.join(sorted(devices))}")
+    if len(devices) != 1 or model.device.type not in ("cpu", "cuda"):
+        raise Unsupported(f"parameters must be on the CPU or on one CUDA device, not on {', '.join(sorted(devices))}")
     if _has_adapter(model):
         raise Unsupported("an adapter (LoRA, PEFT) is loaded; merge it into the weights first (merge_and_unload)")
 

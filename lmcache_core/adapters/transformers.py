@@ -120,6 +120,12 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
+def _synchronize(device: torch.device) -> None:
+    """Wait for this thread's copies from and to the device: slots may change hands afterwards."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 class _Generate:
     """What stands in for `model.generate` while a handle is attached."""
 
@@ -150,6 +156,8 @@ class Handle:
         self.model = model
         self.pipeline = pipeline
         self.geometry = geometry
+        self.paged = geometry.device.type == "cpu"
+        """Copy straight between slots and the cache's tensors; otherwise through the device, a chunk at a time."""
         self.last = Call()
         """The most recent call."""
         self.counts: Counter[str] = Counter()
@@ -346,7 +354,7 @@ class Handle:
         """Chunks of a lease -> new tensors in the cache's layers."""
         g, size = self.geometry, self.pipeline.layout.chunk_tokens
         shape = (1, g.kv_heads, len(lease) * size, g.head_dim)
-        if g.device.type == "cpu":
+        if self.paged:
             planes = [[torch.empty(shape, dtype=g.dtype) for _ in range(2)] for _ in range(g.num_layers)]
             self._pages(planes).scatter(np.arange(len(lease)), lease.addresses)
         else:
@@ -354,7 +362,7 @@ class Handle:
             for i in range(len(lease)):
                 staged = self._chunk(lease.view(i)).to(g.device, non_blocking=True)
                 whole[:, :, 0, :, i * size : (i + 1) * size].copy_(staged.transpose(2, 3))
-            torch.cuda.current_stream(g.device).synchronize()
+            _synchronize(g.device)
             planes = [[whole[i, 0], whole[i, 1]] for i in range(g.num_layers)]
         for layer, (keys, values) in zip(cache.layers, planes, strict=True):
             layer.dtype, layer.device = g.dtype, g.device
@@ -364,7 +372,7 @@ class Handle:
     def _save(self, layers: Sequence[Any], room: Reservation) -> None:
         """The cache's layers -> reserved slots."""
         g, size = self.geometry, self.pipeline.layout.chunk_tokens
-        if g.device.type == "cpu":
+        if self.paged:
             planes = [[layer.keys.contiguous(), layer.values.contiguous()] for layer in layers]
             self._pages(planes).gather(room.positions, room.addresses)
             return
@@ -372,7 +380,7 @@ class Handle:
             part = slice(position * size, (position + 1) * size)
             stacked = torch.stack([torch.stack((x.keys[0, :, part], x.values[0, :, part])) for x in layers])
             self._chunk(room.view(i)).copy_(stacked.transpose(2, 3), non_blocking=True)
-        torch.cuda.current_stream(g.device).synchronize()
+        _synchronize(g.device)
 
     def _chunk(self, view: memoryview) -> torch.Tensor:
         """A slot's payload as `[layer, plane, token, head, dim]`."""

@@ -27,6 +27,7 @@ from lmcache_core.cli.demo_common import (
     runs,
 )
 from lmcache_core.cli.model import default_directory, resolve
+from lmcache_core.config import load
 
 ENGINES: dict[str, Run] = {"transformers": demo_transformers.run, "vllm": demo_vllm.run}
 
@@ -44,11 +45,13 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--engine", choices=ENGINES, default="transformers", help="default: %(default)s")
     parser.add_argument("--model", metavar="PATH|REPO", help="default: a small model, fetched once (lmcachectl model)")
-    parser.add_argument("--tokens", type=int, default=4096, help="length of the shared prefix (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=_positive, default=4096, help="length of the shared prefix (default: %(default)s)"
+    )
     parser.add_argument("--document", type=Path, metavar="FILE", help="your own text (default: the U.S. Constitution)")
     parser.add_argument("--question", action="append", metavar="TEXT", help="your own question; may be repeated")
-    parser.add_argument("--chunk-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
-    parser.add_argument("--answer-tokens", type=int, default=24, metavar="N", help="default: %(default)s")
+    parser.add_argument("--chunk-tokens", type=_positive, default=256, metavar="N", help="default: %(default)s")
+    parser.add_argument("--answer-tokens", type=_positive, default=24, metavar="N", help="default: %(default)s")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--dram", default="1GiB", metavar="SIZE", help="memory tier (default: %(default)s)")
     parser.add_argument("--disk", default="2GiB", metavar="SIZE", help="disk tier (default: %(default)s)")
@@ -75,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
         answer_tokens=args.answer_tokens,
         dtype=args.dtype,
     )
-    options.write_config(args.dram, args.disk)
     try:
+        load(options.write_config(args.dram, args.disk), env={})  # a wrong size is told before a model is loaded
         result = ENGINES[args.engine](options, report)
     finally:
         if args.work is None:
@@ -86,6 +89,13 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(render(result, options))
     return OK if result.outputs_equal else PROBLEM
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
 
 
 def _scratch() -> Path:

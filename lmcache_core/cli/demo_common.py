@@ -22,6 +22,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
+from lmcache_core.errors import LMCacheError
 from lmcache_core.types import COMPUTED
 
 RECOMPUTE, DRAM, DISK = "recompute", "dram", "disk"
@@ -195,8 +196,8 @@ class Prompts:
 def build_prompts(tokenizer: Any, options: DemoOptions) -> Prompts:
     """Cut the document so that the common prefix has exactly `options.tokens` tokens, and append each question.
 
-    The pieces are tokenised one by one, so the prefix is the same ids for every question. Raise `ValueError` when the
-    document is too short.
+    The pieces are tokenised one by one, so the prefix is the same ids for every question. Raise `LMCacheError` when
+    the document is too short.
     """
     content = "\x00\n\nQuestion about the text above: \x01"
     if getattr(tokenizer, "chat_template", None):
@@ -212,7 +213,7 @@ def build_prompts(tokenizer: Any, options: DemoOptions) -> Prompts:
 
     prefix = encode(head) + encode(options.document)
     if len(prefix) < options.tokens:
-        raise ValueError(
+        raise LMCacheError(
             f"the document has {len(prefix)} tokens for this model, fewer than --tokens {options.tokens}; "
             "ask for fewer, or pass a longer text with --document FILE"
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ import transformers
 
 from lmcache_core.adapters.transformers import Handle, attach
 from lmcache_core.cli.demo_common import DRAM, Answer, DemoOptions, build_prompts, drop_page_cache
+from lmcache_core.config import load
 from lmcache_core.errors import LMCacheError
 from lmcache_core.types import COMPUTED
 
@@ -91,7 +93,7 @@ class Session:
 
     def attach(self) -> Handle:
         """Connect the model to the demo's pipeline."""
-        return attach(self.model, self.options.config_file, tokenizer=self.tokenizer)
+        return attach(self.model, load(self.options.config_file, env={}).config, tokenizer=self.tokenizer)
 
     def device_name(self) -> str:
         """What the model runs on, in words."""
@@ -167,7 +169,10 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     args = parser.parse_args()
     _say("loading the model")
-    record = _PHASES[args.phase](Session(DemoOptions.restore(args.options)))
+    try:
+        record = _PHASES[args.phase](Session(DemoOptions.restore(args.options)))
+    except LMCacheError as error:
+        sys.exit(str(error))
     args.result.write_text(json.dumps(record), encoding="utf-8")
 
 

@@ -72,6 +72,9 @@ class Rates:
     """Gets of a key whose last part reads as zeros, as after a power cut."""
     misdirect: float = 0.0
     """Gets of a key that deliver the object of another one."""
+    keep: float = 0.0
+    """Gets whose buffer is kept, and written into during the next get. No cache survives a backend that does this: it is
+    here to prove that an oracle sees it."""
     lie: float = 0.0
     """Answers of `contains` that are wrong."""
 
@@ -95,6 +98,7 @@ class FaultyBackend(StorageBackend):
         self._hanging = 0
         self._releases = 0
         self._seen: list[ChunkKey] = []
+        self._kept: list[memoryview] = []
 
     # -- for tests -------------------------------------------------------------------------------------------
     def hold(self, *methods: str) -> None:
@@ -123,6 +127,9 @@ class FaultyBackend(StorageBackend):
 
     def get_into(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
         with self._around("get_into"):
+            for buffer in self._kept:
+                buffer[HEADER_BYTES] ^= 1
+            self._kept = [buffer for buffer in buffers if self._draw("keep")]
             asked = [self._other(key) if self._draw("misdirect") else key for key in keys]
             results = self.inner.get_into(asked, buffers)
             return self._forged("get_into", [self._spoil(*pair) for pair in zip(results, buffers, strict=True)])
@@ -154,11 +161,11 @@ class FaultyBackend(StorageBackend):
         with self._around("clear"):
             self.inner.clear()
 
+    # These are asked at start-up, for every object, or under locks: they fail when told to, never at random.
     def scan(self) -> Iterator[tuple[ChunkKey, int]] | None:
-        with self._around("scan"):
-            return self._forged("scan", self.inner.scan())
+        self._raise("scan")
+        return self._forged("scan", self.inner.scan())
 
-    # These are asked for every object, or under locks: they fail when told to, never at random.
     def footprint(self, nbytes: int) -> int:
         self._raise("footprint")
         return self._forged("footprint", self.inner.footprint(nbytes))

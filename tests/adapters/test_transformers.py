@@ -113,12 +113,17 @@ def test_cold_warm_and_partial_hits_equal_no_cache(kind: str) -> None:
         assert handle.counts["errors"] == 0
 
 
+@pytest.mark.parametrize("save_paged", [True, False])
+@pytest.mark.parametrize("load_paged", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_loaded_bytes_are_the_stored_bytes(dtype: Any) -> None:
+def test_loaded_bytes_are_the_stored_bytes(dtype: Any, load_paged: bool, save_paged: bool) -> None:
+    """Also across the two ways to copy: pages on the host, and tensors a chunk at a time, which a GPU takes."""
     model = tiny(dtype=dtype)
     ids = prompt(4 * CHUNK + 5)
     with attach(model, config()) as handle:
+        handle.paged = save_paged
         cold = model.generate(ids, do_sample=False, max_new_tokens=2, return_dict_in_generate=True).past_key_values
+        handle.paged = load_paged
         warm = model.generate(ids, do_sample=False, max_new_tokens=2, return_dict_in_generate=True).past_key_values
         assert handle.last.reused_tokens == 4 * CHUNK
     for a, b in zip(cold.layers, warm.layers, strict=True):
@@ -526,7 +531,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "own generate": (lambda: OwnGenerate(transformers.LlamaConfig(**SIZES)), "its own `generate`"),
     "adapter": (_adapted, "merge_and_unload"),
     "not causal": (_looks_ahead, "not causal"),
-    "meta device": (lambda: tiny().to("meta"), "one device"),
+    "meta device": (lambda: tiny().to("meta"), "one CUDA device"),
     "not a model": (lambda: torch.nn.Linear(2, 2), "not a Transformers model"),
 }
 

@@ -134,6 +134,10 @@ class Disk:
         """Unmount it; `lazy` while files are open."""
         _run("umount", *(["-l"] if lazy else []), str(self.mnt))
 
+    def sync(self) -> None:
+        """Bring everything to the medium."""
+        _run("sync", "-f", str(self.mnt))
+
     def shutdown(self) -> None:
         """Lose everything not yet on the medium, log included, from now on; the mount answers EIO."""
         fd = os.open(self.mnt, os.O_RDONLY)
