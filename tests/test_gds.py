@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import resource
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 from collections import OrderedDict
@@ -36,14 +38,16 @@ from faults.disk import (
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from pydantic import ValidationError
 
-from lmcache_backends.gds import files, journal, transfer
+from lmcache_backends.gds import GdsConfig, files, journal, transfer
 from lmcache_backends.gds.backend import DiskBackend
 from lmcache_backends.gds.folder import Folder
 from lmcache_backends.gds.geometry import Geometry, slot_sizes
 from lmcache_backends.gds.journal import Kind, Record
 from lmcache_core import _native, seal
-from lmcache_core.errors import BackendError, BackendUnavailable, Closed, CorruptChunk, NoSpace
+from lmcache_core.errors import BackendError, BackendUnavailable, Closed, ConfigError, CorruptChunk, NoSpace
+from lmcache_core.protocols import BuildContext
 from lmcache_core.testing.memory import aligned
 from lmcache_core.types import HEADER_BYTES, PAGE, round_up
 
@@ -1050,6 +1054,33 @@ def test_a_directory_deleted_or_replaced(
     path.unlink()
 
 
+def test_a_batch_that_outlives_its_volume_changes_nothing(
+    store: Callable[..., DiskBackend], tmp_path: Path, buffer: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "kv"
+    backend = store()
+    put(backend, 1)
+    write = transfer.write
+
+    def long_write(spans: Any) -> list[int]:
+        monkeypatch.setattr(transfer, "write", write)
+        path.rename(tmp_path / "elsewhere")
+        assert isinstance(read_version(backend, 1, buffer), BackendUnavailable)
+        (tmp_path / "elsewhere").rename(path)
+        assert fill(backend, 100) > 10
+        return write(spans)
+
+    monkeypatch.setattr(transfer, "write", long_write)
+    assert isinstance(put(backend, 2)[0], BackendUnavailable)
+    assert read_version(backend, 2, buffer) is None
+    stored = list(backend.scan())
+    abandon(backend)
+    backend = store()
+    assert list(backend.scan()) == stored
+    torn = [key for key, _ in stored if isinstance(backend.get_into([key], [buffer])[0], Exception)]
+    assert torn == []
+
+
 # -- safety ----------------------------------------------------------------------------------------------------------
 def test_the_directory_is_private(store: Callable[..., DiskBackend], tmp_path: Path, mode: str) -> None:
     backend = store(tmp_path / "a" / "b", mode=mode)
@@ -1138,3 +1169,206 @@ def test_planted_links_among_files_are_never_followed(
     backend.delete([key_of(1)]) if read_version(backend, 1, buffer) is None else None
     assert sorted(p.name for p in victim.iterdir()) == [bait.name]
     assert bait.read_bytes() == bytes(obj)
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+def test_a_second_process_is_told_who_is_there(store: Callable[..., DiskBackend], tmp_path: Path) -> None:
+    store()
+    script = f"from faults.disk import *; build(Path({str(tmp_path / 'kv')!r}), {CAPACITY}, {OBJECT})"
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": f"{tests}:{tests.parent}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert f"in use by process {os.getpid()}" in done.stderr
+    assert "mode: files" in done.stderr
+    for backend in (store(tmp_path / "other"),):
+        assert put(backend, 1) == [None]
+
+
+def test_processes_share_files(store: Callable[..., DiskBackend], tmp_path: Path, buffer: memoryview) -> None:
+    one, two = store(mode="files"), store(mode="files")
+    put(one, 1)
+    assert two.contains([key_of(1), key_of(2)]) == [True, False]
+    assert read_version(two, 1, buffer) == 1
+    put(two, 2)
+    put(two, 1, version=2)  # known to be there: nothing changes
+    assert read_version(one, 2, buffer) == 1  # without having been asked about
+    assert read_version(one, 1, buffer) == 1
+    two.delete([key_of(1)])
+    assert one.contains([key_of(1)]) == [True]  # as it knows, until it looks
+    assert read_version(one, 1, buffer) is None
+    assert one.contains([key_of(1)]) == [False]
+    assert two.usage() is not None
+    assert two.usage().allocated_bytes == du(tmp_path / "kv")  # type: ignore[union-attr]
+    one.clear()
+    assert read_version(two, 2, buffer) is None
+    assert put(two, 3) == [None]
+    assert read_version(one, 3, buffer) == 1
+
+
+def test_processes_write_and_clear_files_at_once(tmp_path: Path) -> None:
+    """Four backends, one directory: what is read is genuine, and whoever starts next finds the books in order."""
+    path = tmp_path / "kv"
+    failures: list[BaseException] = []
+
+    def live(seed: int) -> None:
+        rng = Random(seed)
+        try:
+            backend = build(path, 2 * CAPACITY, OBJECT, mode="files")
+            room = aligned(SLOT)
+            for step in range(150):
+                number = rng.randrange(12)
+                draw = rng.random()
+                if draw < 0.45:
+                    put(backend, number, version=1000 * seed + step)
+                elif draw < 0.6:
+                    backend.delete([key_of(number)])
+                elif draw < 0.62:
+                    with contextlib.suppress(BackendError):  # another one clears at the same moment
+                        backend.clear()
+                else:
+                    got = read_version(backend, number, room)
+                    assert got is None or isinstance(got, int), repr(got)
+            backend.close()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=live, args=(seed,)) for seed in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+    backend = build(path, 2 * CAPACITY, OBJECT, mode="files")
+    held = [n for n in range(12) if read_version(backend, n, aligned(SLOT)) is not None]
+    usage = backend.usage()
+    assert usage is not None
+    assert (usage.objects, usage.allocated_bytes) == (len(held), du(path))
+    backend.close()
+
+
+def test_litter_of_the_dead_is_reaped_and_of_the_living_is_not(
+    store: Callable[..., DiskBackend], tmp_path: Path
+) -> None:
+    path = tmp_path / "kv"
+    store(mode="files")
+    (path / "tmp" / "dead").write_bytes(bytes(100))
+    (path / "trash-dead" / "3").mkdir(parents=True)
+    (path / "trash-dead" / "3" / "x").write_bytes(bytes(100))
+    alive = os.open(path / "tmp" / "alive", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(alive, fcntl.LOCK_EX)
+    (path / "notes.txt").write_bytes(b"somebody's")
+    store(mode="files")
+    assert sorted(p.name for p in path.iterdir()) == ["notes.txt", "objects", "tmp"]
+    assert [p.name for p in (path / "tmp").iterdir()] == ["alive"]
+    os.close(alive)
+    store(mode="files")
+    assert list((path / "tmp").iterdir()) == []
+
+
+def test_litter_among_segments_is_reaped(store: Callable[..., DiskBackend], tmp_path: Path, buffer: memoryview) -> None:
+    path = tmp_path / "kv"
+    backend = store()
+    put(backend, 1)
+    backend.close()
+    for name in ("journal.tmp", "probe-0123456789abcdef.tmp", "segment-000007", "segment-000008", "notes.txt"):
+        (path / name).write_bytes(bytes(PAGE))
+    good = (path / "segment-000000").read_bytes()
+    (path / "segment-000008").write_bytes(good)  # a copy under another number
+    (path / "lock").write_bytes(b"999999\n")  # nobody holds it
+    backend = store()
+    assert sorted(p.name for p in path.iterdir()) == ["journal", "lock", "notes.txt", "segment-000000"]
+    assert (path / "lock").read_text().strip() == str(os.getpid())
+    assert read_version(backend, 1, buffer) == 1
+
+
+@pytest.mark.parametrize("at", [0, 8, 16, 24, 32, PAGE - 1])
+def test_a_damaged_superblock_gives_its_room_back(
+    store: Callable[..., DiskBackend], tmp_path: Path, buffer: memoryview, at: int
+) -> None:
+    backend = store(segment_bytes=PAGE + 4 * SLOT)
+    count = fill(backend)
+    backend.close()
+    with (tmp_path / "kv/segment-000001").open("r+b") as file:
+        file.seek(at)
+        [byte] = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    backend = store(segment_bytes=PAGE + 4 * SLOT)
+    assert [read_version(backend, n, buffer) for n in range(count)].count(1) == count - 4
+    assert fill(backend, 5000) == 4
+    assert du(tmp_path / "kv") <= CAPACITY
+
+
+def test_the_modes_do_not_mix(store: Callable[..., DiskBackend], tmp_path: Path) -> None:
+    for first, second in (MODES, MODES[::-1]):
+        backend = store(tmp_path / first, mode=first)
+        put(backend, 1)
+        backend.close()
+        with pytest.raises(BackendUnavailable, match=f"holds a store of `mode: {first}`"):
+            store(tmp_path / first, mode=second)
+
+
+# -- configuration ---------------------------------------------------------------------------------------------------
+def context(capacity: int | None) -> BuildContext:
+    return BuildContext(tier="nvme", object_bytes=OBJECT, capacity=capacity, threads=2)
+
+
+@pytest.mark.parametrize(
+    "options,capacity,setting,fix",
+    [
+        ({}, None, "capacity", "capacity: 20GiB"),
+        ({}, 50_000, "capacity", "at least"),
+        ({"mode": "files"}, 1_000_000, "capacity", "at least"),
+        ({"segment_bytes": 8192}, CAPACITY, "backend.segment_bytes", f"at least {PAGE + SLOT} bytes"),
+    ],
+)
+def test_sizes_that_cannot_work_are_errors(
+    tmp_path: Path, options: dict[str, object], capacity: int | None, setting: str, fix: str
+) -> None:
+    config = GdsConfig.model_validate({"path": tmp_path / "kv", **options})
+    with pytest.raises(ConfigError) as caught:
+        config.build(context(capacity))
+    [problem] = caught.value.problems
+    assert problem.path == f"tiers.nvme.{setting}"
+    assert fix in problem.fix
+    assert not (tmp_path / "kv").exists()
+    least = [int(word) for word in problem.fix.replace(",", "").split() if word.isdigit()]
+    if least and setting == "capacity":  # what it asks for is enough
+        backend = config.build(context(least[0]))
+        assert put(backend, 1) == [None]
+        backend.close()
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"mode": "files", "segment_bytes": "1GiB"}, "segment_bytes has no meaning"),
+        ({"inodes": 1000}, "inodes has no meaning"),
+        ({"mode": "slabs"}, "mode"),
+        ({"io": "mmap"}, "io"),
+        ({"free_floor": "120%"}, "at most 100%"),
+        ({"threads": 4}, "threads"),
+    ],
+)
+def test_options_that_make_no_sense_are_errors(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        GdsConfig.model_validate({"path": "/var/cache/kv", **options})
+
+
+def test_paths_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert GdsConfig(path=Path("~/kv")).path == tmp_path / "kv"
+    assert GdsConfig(path=Path("kv/../kw")).path == tmp_path / "kw"
+    assert GdsConfig(path=Path("kw")).local_directory() == tmp_path / "kw"
+
+
+def test_only_what_answers_from_memory_says_so(store: Callable[..., DiskBackend], tmp_path: Path) -> None:
+    assert store(tmp_path / "s").contains_is_local
+    assert not store(tmp_path / "f", mode="files").contains_is_local

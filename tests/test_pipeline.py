@@ -211,27 +211,26 @@ def test_a_broken_write_back_tier_does_not_fill_memory(pipelines: BuildPipeline)
 
 
 # -- promotion ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "mode, promote, arrives", [("through", True, True), ("back", True, True), ("never", True, False),
-                               ("through", False, False), ("back", False, False)],
-)  # fmt: skip
-def test_a_hit_in_a_farther_tier_moves_up(pipelines: BuildPipeline, mode: Any, promote: bool, arrives: bool) -> None:
+@pytest.mark.parametrize("mode", ["through", "back", "never"])
+@pytest.mark.parametrize("promote", [True, False])
+def test_a_hit_in_a_farther_tier_moves_up(pipelines: BuildPipeline, mode: Any, promote: bool) -> None:
+    """Into memory and every nearer tier that takes writes, unless the tier that served says no."""
     near: dict[ChunkKey, bytes] = {}
     pipeline = pipelines(
-        tier("near", write=mode, promote=promote, backend=DictConfig(objects=near), lane=PATIENT),
-        tier("far", lane=PATIENT),
+        tier("near", write=mode, backend=DictConfig(objects=near), lane=PATIENT),
+        tier("far", promote=promote, lane=PATIENT),
         slots=32,
     )
     names = keys(3)
     store(pipeline, names)
     settle(pipeline)
-    near.clear()
     pipeline.clear("near")
     pipeline.clear("dram")
     assert serve(pipeline, names) == ["far"] * 3
     settle(pipeline)
+    arrives = promote and mode != "never"
     assert held(near, names) == [arrives] * 3
-    assert serve(pipeline, names) == ["dram"] * 3, "memory always keeps what it loaded"
+    assert serve(pipeline, names) == ["dram" if promote else "far"] * 3
     pipeline.clear("dram")
     assert serve(pipeline, names) == ["near" if arrives else "far"] * 3
 

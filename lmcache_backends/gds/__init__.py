@@ -65,6 +65,7 @@ class GdsConfig(BackendConfig):
                 why="without one it would fill the file system",
                 fix="write one, e.g. `capacity: 20GiB`",
             )
+        turns = max(2, context.threads // 4)  # half of the threads of each direction
         if self.mode == "files":
             inodes = self.inodes or DEFAULT_INODES
             least = least_capacity(context.object_bytes)
@@ -74,7 +75,7 @@ class GdsConfig(BackendConfig):
             def open_files(device: int | None) -> FileVolume:
                 return FileVolume(Folder(self.path, device), capacity, inodes, self.io, self.free_floor)
 
-            return FileBackend(open_files, file_footprint)
+            return FileBackend(open_files, file_footprint, turns=turns)
         try:
             geometry = Geometry.plan(capacity, context.object_bytes, self.segment_bytes)
         except TooSmall as error:
@@ -83,7 +84,7 @@ class GdsConfig(BackendConfig):
         def open_segments(device: int | None) -> SegmentVolume:
             return SegmentVolume(Folder(self.path, device), geometry, self.io, self.free_floor)
 
-        return SegmentBackend(open_segments, geometry.footprint)
+        return SegmentBackend(open_segments, geometry.footprint, turns=turns)
 
 
 def _too_small(context: BuildContext, error: TooSmall) -> ConfigError:

@@ -39,13 +39,21 @@ class DiskBackend(StorageBackend):
     directory on the same device is back at the path, which is then recovered like at start-up.
     """
 
-    def __init__(self, open_volume: Callable[[int | None], Volume], footprint: Callable[[int], int]) -> None:
-        """`open_volume(device)` opens the directory if it is on that device; with None it is made where missing."""
+    def __init__(
+        self, open_volume: Callable[[int | None], Volume], footprint: Callable[[int], int], *, turns: int = 2
+    ) -> None:
+        """`open_volume(device)` opens the directory if it is on that device; with None it is made where missing.
+
+        At most `turns` batches are read at once, and as many written. A disk that serves all callers side by side
+        finishes them together, then idles while they all compute checksums; so some wait here for their turn.
+        """
         self._open_volume = open_volume
         self._footprint = footprint
         self._volume: Volume | None = open_volume(None)
         self._device = self._volume.folder.device
         self._turn = threading.Lock()
+        self._reads = threading.Semaphore(turns)
+        self._writes = threading.Semaphore(turns)
         self._closed = False
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
@@ -54,13 +62,15 @@ class DiskBackend(StorageBackend):
 
     def get_into(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
         try:
-            return _bare(self._here().get_into(keys, buffers))
+            with self._reads:
+                return _bare(self._here().get_into(keys, buffers))
         except (BackendError, Closed, OSError) as error:
             return _bare([error] * len(keys))
 
     def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
         try:
-            return _bare(self._here().put_from(keys, buffers))
+            with self._writes:
+                return _bare(self._here().put_from(keys, buffers))
         except (BackendError, Closed, OSError) as error:
             return _bare([error] * len(keys))
 

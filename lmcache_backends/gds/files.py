@@ -33,6 +33,7 @@ from lmcache_core.units import Percent
 _OBJECTS = "objects"
 _TEMPORARY = "tmp"
 _TRASH = "trash-"
+_ATTEMPTS = 100
 _KEY = re.compile(r"[0-9a-f]{64}")
 _HEX = "0123456789abcdef"
 _BATCH = 16
@@ -130,7 +131,8 @@ class FileVolume:
             killpoint("clear.before")
             try:
                 at = self.folder.fd.number
-                os.rename(_OBJECTS, f"{_TRASH}{secrets.token_hex(8)}", src_dir_fd=at, dst_dir_fd=at)
+                with contextlib.suppress(FileNotFoundError):  # another process is clearing
+                    os.rename(_OBJECTS, f"{_TRASH}{secrets.token_hex(8)}", src_dir_fd=at, dst_dir_fd=at)
                 os.fsync(at)
                 killpoint("clear.renamed")
                 for name in os.listdir(self._temporary.number):
@@ -188,6 +190,7 @@ class FileVolume:
             if now - info.st_atime_ns > TOUCH_SECONDS * 10**9:
                 with contextlib.suppress(OSError):  # a read-only file system is still readable
                     os.utime(fd.number, ns=(now, info.st_mtime_ns))
+            self._count(key, info)
             reads.append((i, fd, info.st_size))
         if reads:
             spans = [transfer.span(fd.number, 0, buffers[i], nbytes) for i, fd, nbytes in reads]
@@ -290,16 +293,21 @@ class FileVolume:
     # -- directories and books ---------------------------------------------------------------------------------
     def _leaf(self, key: ChunkKey, *, create: bool = False) -> Fd:
         """The open directory of a key's file, reached without following links. Raise `OSError`."""
-        _, first, second = _path(key).split("/")
+        path = _path(key)
+        _, first, second = path.split("/")
         outer = self.folder.enter(first, self.folder.enter(_OBJECTS, create=create), create=create)
         leaf = self.folder.enter(second, outer, create=create)
-        if create:
+        if create or path not in self._directories:
             self._weigh(f"{_OBJECTS}/{first}", outer)
+            self._weigh(path, leaf)
         return leaf
 
     def _leaves(self) -> Iterator[tuple[str, Fd]]:
         """Every leaf directory there is, with its path."""
-        objects = self.folder.enter(_OBJECTS)
+        try:
+            objects = self.folder.enter(_OBJECTS)
+        except FileNotFoundError:
+            return  # another process is clearing
         for first in _HEX:
             try:
                 outer = self.folder.enter(first, objects)
@@ -334,16 +342,21 @@ class FileVolume:
         self._weigh(_TEMPORARY, self._temporary)
 
     def _adopt(self, key: ChunkKey) -> bool:
-        """Whether another process has stored the key; if so it is counted from now on."""
+        """Whether another process has stored the key; if so, it is counted from now on."""
         try:
-            info = os.stat(key.hex(), dir_fd=self._leaf(key).number, follow_symlinks=False)
+            leaf = self._leaf(key)
+            info = os.stat(key.hex(), dir_fd=leaf.number, follow_symlinks=False)
         except OSError:
             return False
+        self._count(key, info)
+        return True
+
+    def _count(self, key: ChunkKey, info: os.stat_result) -> None:
+        """Take a file into the books, if it is not in them."""
         with self._lock:
             if key not in self._index:
                 self._index[key] = _File(info.st_size, info.st_blocks * BLOCK)
                 self._used += info.st_blocks * BLOCK
-        return True
 
     def _forget(self, key: ChunkKey) -> None:
         with self._lock:
@@ -352,10 +365,17 @@ class FileVolume:
                 self._used -= file.allocated
 
     def _empty_trash(self) -> None:
-        """Remove what `clear` took out of the way, now or before somebody was killed."""
-        for name in os.listdir(self.folder.fd.number):
-            if name.startswith(_TRASH):
-                shutil.rmtree(name, dir_fd=self.folder.fd.number)
+        """Remove what `clear` took out of the way, now or before somebody was killed. Others may be at it too."""
+        for attempt in range(_ATTEMPTS):
+            names = [name for name in os.listdir(self.folder.fd.number) if name.startswith(_TRASH)]
+            if not names:
+                return
+            for name in names:
+                try:
+                    shutil.rmtree(name, dir_fd=self.folder.fd.number)
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or attempt == _ATTEMPTS - 1:
+                        raise
 
     def _reap(self) -> None:
         """Remove what writers that are no more left behind: their locks are free."""
@@ -379,10 +399,12 @@ class FileVolume:
                 for entry in entries:
                     if not _KEY.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
                         continue
-                    info = os.stat(entry.name, dir_fd=leaf.number, follow_symlinks=False)
+                    try:
+                        info = os.stat(entry.name, dir_fd=leaf.number, follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue  # another process deleted it
                     key = ChunkKey(bytes.fromhex(entry.name))
-                    self._index[key] = _File(info.st_size, info.st_blocks * BLOCK)
-                    self._used += info.st_blocks * BLOCK
+                    self._count(key, info)
                     ages[key] = max(info.st_atime_ns, info.st_mtime_ns)
         coldest = sorted(ages, key=ages.__getitem__)
         for key in coldest:

@@ -139,7 +139,7 @@ class SegmentVolume:
 
     def delete(self, keys: Sequence[ChunkKey]) -> None:
         """Hide the keys, journal that, then free the slots nobody reads."""
-        with self._commit:
+        with self._changing():
             gone: list[tuple[ChunkKey, Entry]] = []
             with self._lock:
                 for key in keys:
@@ -163,7 +163,7 @@ class SegmentVolume:
 
     def clear(self) -> None:
         """Remove every segment, durably: not even a power cut brings an object back. Raise `BackendError`."""
-        with self._commit:
+        with self._changing():
             with self._lock:
                 segments = list(self._slab.segments.values())
                 for segment in segments:
@@ -205,8 +205,17 @@ class SegmentVolume:
 
     def abandon(self) -> None:
         """Let another volume open the directory. Files close with the last batch that uses them."""
-        self.stale = True
-        fcntl.flock(self._owner.number, fcntl.LOCK_UN)
+        with self._commit:
+            self.stale = True
+            fcntl.flock(self._owner.number, fcntl.LOCK_UN)
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the commit lock. Raise `BackendUnavailable` when the directory is another volume's by now."""
+        with self._commit:
+            if self.stale:
+                raise BackendUnavailable(f"{self.folder.path} is being opened anew")
+            yield
 
     # -- writing -----------------------------------------------------------------------------------------------
     def _fill(
@@ -238,7 +247,7 @@ class SegmentVolume:
 
     def _publish(self, keys: Sequence[ChunkKey], written: list[tuple[int, Entry]], results: list[Put]) -> set[int]:
         """Journal what was written and show it; return the positions whose slots are in use now."""
-        with self._commit:
+        with self._changing():
             # Nobody else inserts while we hold the commit lock. What was cleared meanwhile counts as stored and gone.
             fresh: dict[ChunkKey, tuple[int, Entry]] = {}
             for i, entry in written:
@@ -263,7 +272,7 @@ class SegmentVolume:
         """Slots for the buffers that found none at once, from new, empty or larger-slotted segments."""
         found: list[tuple[int, Entry]] = []
         refusal: tuple[int, Exception] | None = None
-        with self._commit:
+        with self._changing():
             for i in homeless:
                 nbytes = len(buffers[i])
                 if refusal is None or nbytes < refusal[0]:

@@ -102,8 +102,8 @@ Capacity = Annotated[
 class LaneConfig(Frozen):
     """Threads and bounded queues of one storage tier."""
 
-    threads: Annotated[int, Field(ge=1, le=256), _WHOLE] = 2
-    """Threads that call the backend; each blocks in one batch at a time."""
+    threads: Annotated[int, Field(ge=1, le=256), _WHOLE] = 4
+    """Threads for reading, and as many for writing; while some wait for the medium, others seal, verify and encode."""
     queue: Annotated[int, Field(ge=1, le=65536), _WHOLE] = 64
     """Batches that may wait. A full queue drops new work and counts it; the engine never waits."""
     inflight: Annotated[ByteSize, Field(gt=0)] = 256 << 20
@@ -124,7 +124,7 @@ class TierConfig(Frozen):
     write: Literal["through", "back", "never"] = "through"
     """When a storage tier gets a chunk: on store (`through`), on leaving memory (`back`), or `never` (read only)."""
     promote: bool = True
-    """Keep chunks read from this tier in memory as well."""
+    """Take in chunks that were read from a tier farther away; memory always does."""
     serde: SerdeField | None = None
     """How chunks are encoded on the way in; raw bytes without one."""
     eviction: Eviction = Field(default_factory=LruConfig)

@@ -73,8 +73,8 @@ class Rates:
     misdirect: float = 0.0
     """Gets of a key that deliver the object of another one."""
     keep: float = 0.0
-    """Gets whose buffer is kept, and written into during the next get. No cache survives a backend that does this: it is
-    here to prove that an oracle sees it."""
+    """Gets whose buffer is kept, and written into during the next get. No cache survives a backend that does this: it
+    proves that an oracle sees it."""
     lie: float = 0.0
     """Answers of `contains` that are wrong."""
 

@@ -252,7 +252,7 @@ def test_errors_of_generate_reach_the_caller(model: Any, handle: Handle) -> None
 BYPASSES: dict[str, tuple[Bypass, dict[str, Any]]] = {
     "beams": (Bypass.DECODING, {"num_beams": 2}),
     "several answers": (Bypass.DECODING, {"num_return_sequences": 2, "do_sample": True}),
-    "prompt lookup": (Bypass.DECODING, {"prompt_lookup_num_tokens": 2}),
+    "prompt lookup": (Bypass.DECODING, {"prompt_lookup_num_tokens": 2, "eos_token_id": 2}),
     "chunked prefill": (Bypass.DECODING, {"prefill_chunk_size": 8}),
     "no cache": (Bypass.CACHE_KIND, {"use_cache": False}),
     "static cache": (Bypass.CACHE_KIND, {"cache_implementation": "static"}),

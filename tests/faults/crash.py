@@ -11,15 +11,12 @@ what was deleted is not, and nothing is corrupt. After a power cut anything may 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 import mmap
 import os
 import random
 import re
 import select
 import signal
-import sys
 import threading
 import traceback
 from collections import Counter
@@ -448,24 +445,3 @@ def _write_back(file: Path, rng: random.Random) -> None:
         # For dirty pages the advice "not needed" means: write them.
         first, count = rng.choice(((rng.randrange(pages), 1), (rng.randrange(pages), 3), (0, pages)))
         os.posix_fadvise(fd, first * PAGE, count * PAGE, os.POSIX_FADV_DONTNEED)
-
-
-def run_kills(home: Path, cycles: int, seed: int, progress: Callable[[Counter[str]], None]) -> Counter[str]:
-    """So many kills: two thirds at a random time, the others at each named point in turn."""
-    crashes = Crashes(home, seed)
-    points = {mode: itertools.cycle(killpoints(mode)) for mode in MODES}
-    for i in range(cycles):
-        mode = MODES[i % 2]
-        crashes.cycle(mode, next(points[mode]) if i % 3 == 2 else "")
-        progress(crashes.counts)
-    return crashes.counts
-
-
-def main() -> None:
-    """`crash.py HOME CYCLES SEED`: kill, and print the counts as JSON."""
-    home, cycles, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    print(json.dumps(run_kills(home, cycles, seed, lambda counts: None)))
-
-
-if __name__ == "__main__":
-    main()
