@@ -11,9 +11,11 @@ SYSTEM_TOOLS := fio xfsprogs e2fsprogs
 # More arguments for what is run: make demo ARGS="--tokens 2048", make test ARGS="-k keys".
 ARGS   ?=
 
-BIN    := $(VENV)/bin
+BIN    := $(abspath $(VENV))/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMPS := $(VENV)/.stamps
+# Threads that spin while they wait make everything slower on a busy machine.
+export OMP_WAIT_POLICY ?= passive
 MODELS := .models
 MODEL  := $(MODELS)/smollm2-135m-instruct
 CSRC   := $(shell find csrc -type f 2>/dev/null)
@@ -108,7 +110,8 @@ bench: install
 	$(BIN)/lmcachectl bench tiers $(ARGS)
 
 soak: install
-	$(BIN)/python -m pytest -m soak -o addopts="" $(ARGS)
+	cd tests && $(BIN)/python -m faults.soak_crash kills --cycles 10000 $(ARGS)
+	cd tests && $(BIN)/python -m faults.soak_crash cuts --cycles 600 $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -320,7 +320,11 @@ class Pipeline:
                 if self._overdue.get(key) is batch:
                     del self._overdue[key]
             ended = self._tell(batch, dict(zip(batch.keys, outcomes, strict=True)))
-            self._spread(arrived, landed, arrived, self.tiers.index(batch.tier))
+            if batch.tier.promote:
+                self._spread(arrived, landed, arrived, self.tiers.index(batch.tier))
+            else:
+                for key in arrived:
+                    slots.hide(key)  # freed with the last pin of those that waited for it
         self._end(ended)
 
     def _abandon(self, batch: Batch, reason: MissReason) -> None:
@@ -544,9 +548,8 @@ class Pipeline:
         Lock held."""
         if not keys:
             return
-        stored = origin == len(self.tiers)
         for tier in self.tiers[:origin]:
-            if tier.write_mode == "never" or not (stored or tier.promote):
+            if tier.write_mode == "never":
                 continue
             if tier.write_mode == "back":
                 missing = (slot for key, slot in zip(keys, slots, strict=True) if not tier.has(key))

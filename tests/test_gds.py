@@ -149,10 +149,10 @@ class StoreMachine(RuleBasedStateMachine):
                 self.model.move_to_end(number)
             else:
                 assert isinstance(result, NoSpace), repr(result)
-        # Keys that were present are touched when the batch begins, new ones enter when it ends.
-        old = [n for n in dict.fromkeys(numbers) if self.model.get(n, self.version) != self.version]
-        new = [n for n in dict.fromkeys(numbers) if self.model.get(n) == self.version]
-        for number in [*old, *new]:
+        # Keys that were present are touched when the batch begins, new ones enter when it ends; the last is the coldest.
+        old = [n for n in numbers if self.model.get(n, self.version) != self.version]
+        new = [n for n in dict.fromkeys(reversed(numbers)) if self.model.get(n) == self.version]
+        for number in [*reversed(old), *new]:
             self.model.move_to_end(number)
 
     @rule(numbers=st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=KEYS, unique=True))
@@ -165,6 +165,8 @@ class StoreMachine(RuleBasedStateMachine):
             if number in self.model:
                 assert isinstance(got, int)
                 assert open_object(view[:got], number) == self.model[number]
+        for number in reversed(numbers):
+            if number in self.model:
                 self.model.move_to_end(number)
 
     @rule()
@@ -454,7 +456,8 @@ def test_the_order_of_use_survives(store: Callable[..., DiskBackend], buffer: me
     put(backend, 0)  # present: a use
     backend.close()
     backend = store()
-    assert [key for key, _ in backend.scan()] == [key_of(n) for n in (2, 3, 1, 0)]
+    # Of a batch, a prefix, the deepest is the coldest.
+    assert [key for key, _ in backend.scan()] == [key_of(n) for n in (3, 2, 1, 0)]
     read_version(backend, 2, buffer)
     put(backend, 4)  # journals the read too
     abandon(backend)

@@ -100,16 +100,16 @@ class FileVolume:
 
     def get_into(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
         """Open, read whole files; one that is replaced or deleted meanwhile stays readable until closed."""
-        results: list[Got] = []
-        for at in range(0, len(keys), _BATCH):
-            results += self._read(keys[at : at + _BATCH], buffers[at : at + _BATCH])
+        results: list[Got] = [None] * len(keys)
+        for at in _batches(len(keys)):
+            results[at : at + _BATCH] = self._read(keys[at : at + _BATCH], buffers[at : at + _BATCH])
         return results
 
     def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
         """Write temporary files, then give them their names."""
-        results: list[Put] = []
-        for at in range(0, len(keys), _BATCH):
-            results += self._write(keys[at : at + _BATCH], buffers[at : at + _BATCH])
+        results: list[Put] = [None] * len(keys)
+        for at in _batches(len(keys)):
+            results[at : at + _BATCH] = self._write(keys[at : at + _BATCH], buffers[at : at + _BATCH])
         return results
 
     def delete(self, keys: Sequence[ChunkKey]) -> None:
@@ -173,7 +173,7 @@ class FileVolume:
     def _read(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
         results: list[Got] = [None] * len(keys)
         reads: list[tuple[int, Fd, int]] = []
-        for i, key in enumerate(keys):
+        for i, key in reversed(list(enumerate(keys))):
             try:
                 fd = self.folder.open(key.hex(), os.O_RDONLY | self._direct, self._leaf(key))
             except FileNotFoundError:
@@ -207,7 +207,7 @@ class FileVolume:
             self._weigh_all()
         free = self.folder.free_bytes()
         try:
-            for i, key in enumerate(keys):
+            for i, key in reversed(list(enumerate(keys))):
                 if key in self._index:
                     continue
                 if not len(buffers[i]):
@@ -412,6 +412,11 @@ class FileVolume:
                 break
             self.delete([key])
         return [key for key in coldest if key in self._index]
+
+
+def _batches(count: int) -> Iterator[int]:
+    """Where batches begin, last first: keys come in prefix order, and the deepest is to have the oldest time."""
+    return reversed(range(0, count, _BATCH))
 
 
 def _path(key: ChunkKey) -> str:

@@ -92,7 +92,7 @@ class SegmentVolume:
                     continue
                 entry.readers += 1
                 reads.append((i, entry))
-                self._touch(key)
+            self._touch([keys[i] for i, _ in reads])
         if not reads:
             return results
         try:
@@ -118,9 +118,9 @@ class SegmentVolume:
         entries: list[tuple[int, Entry]] = []
         homeless: list[int] = []
         with self._lock:
+            self._touch([key for key in keys if key in self._index])
             for i, key in enumerate(keys):
                 if key in self._index:
-                    self._touch(key)
                     continue
                 try:
                     place = self._slab.take(self._geometry.slot_bytes(len(buffers[i])))
@@ -249,8 +249,9 @@ class SegmentVolume:
         """Journal what was written and show it; return the positions whose slots are in use now."""
         with self._changing():
             # Nobody else inserts while we hold the commit lock. What was cleared meanwhile counts as stored and gone.
+            # Deeper chunks of a prefix enter first, as the colder ones.
             fresh: dict[ChunkKey, tuple[int, Entry]] = {}
-            for i, entry in written:
+            for i, entry in sorted(written, key=lambda pair: pair[0], reverse=True):
                 if keys[i] not in self._index and not entry.segment.retired:
                     fresh.setdefault(keys[i], (i, entry))
             try:
@@ -398,11 +399,12 @@ class SegmentVolume:
             records = [_record(Kind.PUT, key, entry) for key, entry in self._index.items()]
         self._journal.rewrite(records)
 
-    def _touch(self, key: ChunkKey) -> None:
-        """Note a use. Lock held."""
-        self._index.move_to_end(key)
-        self._touched.pop(key, None)
-        self._touched[key] = None
+    def _touch(self, keys: Sequence[ChunkKey]) -> None:
+        """Note a use of keys in prefix order: the deepest, useless without the others, stays the coldest. Lock held."""
+        for key in reversed(keys):
+            self._index.move_to_end(key)
+            self._touched.pop(key, None)
+            self._touched[key] = None
 
     # -- recovery ----------------------------------------------------------------------------------------------
     def _recover(self) -> None:

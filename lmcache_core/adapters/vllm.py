@@ -12,7 +12,7 @@ whose KV cannot be stored safely runs as if there were no connector, and says wh
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -205,6 +205,14 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
                 "set kv_load_failure_policy to recompute",
                 self._kv_transfer_config.kv_load_failure_policy,
             )
+        late = [tier.name for tier in pipeline.tiers if tier.write_mode == "back"]
+        if late and self._vllm_config.shutdown_timeout < SHUTDOWN_S:
+            logger.warning(
+                "lmcache-core: vLLM kills its engine %s s after it was asked to end; chunks that tier %s did not get by "
+                "then are lost. Start vLLM with --shutdown-timeout 30, or use write: through",
+                self._vllm_config.shutdown_timeout,
+                ", ".join(late),
+            )
         slots = pipeline.slots
         tiers = [f"{pipeline.memory_name} {slots.count} chunks, {slots.count * chunk} tokens"]
         for tier in pipeline.tiers:
@@ -277,10 +285,6 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
             return None
         self._identities.new_epoch()
         return self._scheduler.clear()
-
-    def take_events(self) -> Iterable[Any]:
-        """No events yet."""
-        return ()
 
     def shutdown(self) -> None:
         """Write down what must be kept, then close."""

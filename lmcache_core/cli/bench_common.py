@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from time import perf_counter
@@ -36,13 +36,13 @@ CHUNK_TOKENS = 256
 _ENOUGH_CACHE = 256 << 20
 _MOST_SPAN = 1 << 30
 _MEMORY_SHARE = 8
-"""A run needs four arenas of the span at once; an eighth each leaves half of what is free."""
+"""A run needs four arenas of the span, or four batches of the disk tier, at once: half of what is free."""
 
 Arm = Callable[[int], float]
 """One side of a comparison: given the number of the round, do the work and return bytes per second."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Effort:
     """How much is measured. Sizes in bytes."""
 
@@ -53,7 +53,7 @@ class Effort:
     copy_rounds: int = 60
     cold_builds: int = 4
     disk_batch: int = 512 << 20
-    """Bytes of one put to disk, from commit to written, and of one get."""
+    """Bytes of one request to the disk tier; three of them in memory, six on disk."""
     disk_turn: float = 2.0
     """Seconds of one turn of each arm on disk."""
     disk_finalists: int = 2
@@ -64,14 +64,13 @@ class Effort:
 
 
 def effort(quick: bool) -> Effort:
-    """The effort for this machine. Raise nothing: a small machine measures small spans."""
-    span = max(_ENOUGH_CACHE, 2 * last_level_cache())
-    span = min(span, _MOST_SPAN, machine.memory_available() // _MEMORY_SHARE)
-    if quick:
-        return Effort(
-            span, copy_rounds=24, cold_builds=2, disk_turn=0.8, disk_finalists=1, disk_rounds=5, small_rounds=40
-        )
-    return Effort(span)
+    """The effort for this machine."""
+    share = machine.memory_available() // _MEMORY_SHARE
+    span = min(max(_ENOUGH_CACHE, 2 * last_level_cache()), _MOST_SPAN, share)
+    full = Effort(span, disk_batch=min(Effort.disk_batch, share))
+    if not quick:
+        return full
+    return replace(full, copy_rounds=24, cold_builds=2, disk_turn=0.8, disk_finalists=1, disk_rounds=5, small_rounds=40)
 
 
 def last_level_cache() -> int:

@@ -7,20 +7,20 @@ import os
 import shutil
 import subprocess
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, Literal
 
 import numpy as np
 
 from lmcache_core import _native
-from lmcache_core.cli.bench_common import Arena, Arm, Effort, Ratio, fresh_keys, interleave, pipeline_of
+from lmcache_core.cli.bench_common import Arena, Arm, Effort, Ratio, batches, fresh_keys, interleave, pipeline_of
 from lmcache_core.cli.bench_tiers import LOOKUP, TINY, milliseconds
 from lmcache_core.errors import LMCacheError
+from lmcache_core.handles import Lease, Transfer
 from lmcache_core.layout import KVLayout
 from lmcache_core.types import ChunkKey, object_bytes, round_up
 from lmcache_core.units import format_bytes
@@ -29,8 +29,8 @@ Direction = Literal["write", "read"]
 
 _PATIENCE = 600.0
 """Seconds for one batch; a benchmark waits for a slow disk."""
-_HELD = 3
-"""Batches on disk at once."""
+_HELD = 6
+"""Batches on disk at once; half as many fit into memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,59 +155,94 @@ def controls(directory: Path, arena: Arena, nbytes: int) -> tuple[list[Control],
 
 
 class DiskTier:
-    """A pipeline over a disk tier that holds the last few batches."""
+    """A pipeline over a disk tier that holds twice what fits into memory, so that reads in rotation are from disk."""
 
     def __init__(self, layout: KVLayout, directory: Path, size: int, source: Arena) -> None:
+        """Write once over every part of the disk tier, and read one batch back to compare it with the source."""
         self._size = size
-        self._source = source
-        self._lengths = np.full(size, layout.chunk_bytes, dtype=np.int64)
+        self._nbytes = size * layout.chunk_bytes
         stored = round_up(object_bytes(layout.chunk_bytes))
+        self._queued = size * stored // 2
         disk = {
             "name": "disk",
             "capacity": (_HELD * size + 2) * stored + (16 << 20),
             "backend": {"type": "gds", "path": str(directory), "free_floor": "1%"},
-            # A batch goes to the lane at once; the defaults would drop what lies beyond them.
-            "lane": {"inflight": 2 * size * stored, "queue": 2 * size + 64, "deadline": _PATIENCE},
+            "lane": {"inflight": self._queued, "queue": 2 * size + 64, "deadline": _PATIENCE},
         }
         # A lane gets at most a quarter of memory.
-        self._pipeline = pipeline_of(layout, 4 * size + 4, disk)
-        self._idle: deque[tuple[list[ChunkKey], int]] = deque()
-
-    def put(self, number: int) -> float:
-        """Seconds from commit until a batch is sealed, written and in the journal."""
-        keys = fresh_keys(self._size)
-        with self._pipeline.reserve(keys) as room:
-            _native.copy_batch(
-                room.addresses, self._source.addresses(self._source.pieces(number, self._size)), self._lengths
-            )
-            begun = perf_counter()
-            room.commit()
-            written = self._pipeline.flush(_PATIENCE)
-            seconds = perf_counter() - begun
-        if not written or not all(self._pipeline.tiers[0].present(keys) or [False]):
-            raise LMCacheError("not every chunk was written: the measurement is void")
-        self._idle.append((keys, number))
-        if len(self._idle) > _HELD - 1:
-            self._idle.popleft()
-        return seconds
-
-    def get(self, number: int) -> float:
-        """Seconds from fetch until a batch is in memory and verified; `number` is the round's and unused."""
-        keys, stored = self._idle.popleft()
-        self._idle.append((keys, stored))
-        self._pipeline.clear("dram")
-        begun = perf_counter()
-        lease = self._pipeline.retrieve(keys)
-        seconds = perf_counter() - begun
-        with lease:
-            if lease.sources != ["disk"] * self._size:
-                raise LMCacheError(
-                    f"{lease.sources.count('disk')} of {self._size} chunks came from disk ({lease.reason})"
-                )
-            last = int(self._source.pieces(stored, self._size)[-1])
-            if lease.view(self._size - 1) != self._source.piece(last).data:
+        self._pipeline = pipeline_of(layout, _HELD // 2 * size, disk)
+        self._batches: deque[list[ChunkKey]] = deque()
+        """On disk, the one that was idle longest first."""
+        pieces = source.pieces(0, size)
+        lengths = np.full(size, layout.chunk_bytes, dtype=np.int64)
+        for _ in range(_HELD + 1):
+            with self._pipeline.reserve(fresh_keys(size)) as room:
+                _native.copy_batch(room.addresses, source.addresses(pieces), lengths)
+            self.put(0.0)
+        keys = self._batches[0]
+        with self._pipeline.retrieve(keys) as lease:
+            self._check(lease, keys)
+            if any(lease.view(i) != source.piece(int(piece)).data for i, piece in enumerate(pieces)):
                 raise LMCacheError("bytes read differ from the bytes written")
-        return seconds
+
+    def put(self, seconds: float) -> float:
+        """Bytes per second of a stream of stores: from the first commit until all is sealed, written and journalled.
+
+        Commits as fast as the lane takes them, for `seconds` but at least one batch. Nothing is copied into the slots:
+        what they held is sealed and written under new keys.
+        """
+        tier = self._pipeline.tiers[0]
+        part = max(1, self._size // 8)
+        moved = 0
+        begun = perf_counter()
+        while not moved or perf_counter() - begun < seconds:
+            keys = fresh_keys(self._size)
+            for some in batches(keys, part):
+                while tier.write_lane.room < len(some) * self._pipeline.slots.slot_bytes:
+                    sleep(0.0005)
+                with self._pipeline.reserve(some) as room:
+                    room.commit()
+            self._batches.append(keys)
+            moved += self._nbytes
+        written = self._pipeline.flush(_PATIENCE)
+        spent = perf_counter() - begun
+        while len(self._batches) >= _HELD:
+            self._batches.popleft()
+        if not written or not all(all(tier.present(keys) or [False]) for keys in self._batches):
+            raise LMCacheError(f"not every chunk was written: the measurement is void ({tier.last_error or 'dropped'})")
+        return moved / spent
+
+    def get(self, seconds: float) -> float:
+        """Bytes per second of two readers: from the first fetch until every chunk is in memory and verified.
+
+        A batch is a request; when one has arrived it is released and the next asked for, for `seconds` or more.
+        """
+        waiting: deque[tuple[list[ChunkKey], Transfer]] = deque()
+        moved = 0
+        begun = perf_counter()
+        for _ in range(2):
+            waiting.append(self._fetch())
+        while waiting:
+            keys, transfer = waiting.popleft()
+            transfer.wait(_PATIENCE)
+            with transfer.result() as lease:
+                self._check(lease, keys)
+            moved += self._nbytes
+            if perf_counter() - begun < seconds:
+                waiting.append(self._fetch())
+        return moved / (perf_counter() - begun)
+
+    def _fetch(self) -> tuple[list[ChunkKey], Transfer]:
+        keys = self._batches[0]
+        self._batches.rotate(-1)
+        return keys, self._pipeline.fetch(keys)
+
+    def _check(self, lease: Lease, keys: list[ChunkKey]) -> None:
+        if lease.keys != keys or set(lease.sources) != {"disk"}:
+            found = lease.sources.count("disk")
+            raise LMCacheError(
+                f"{found} of {len(keys)} chunks came from disk ({lease.reason}): the measurement is void"
+            )
 
     def close(self) -> None:
         """Close the pipeline; the directory stays."""
@@ -246,25 +281,14 @@ def measure_disk(layout: KVLayout, directory: Path, effort: Effort) -> DiskResul
     ways, baseline = controls(directory, source, size * layout.chunk_bytes)
     chosen, looked_at = _finalists(ways, effort)
     tier = DiskTier(layout, directory / "tier", size, source)
-    for number in range(_HELD + 1):
-        tier.put(number)  # until every segment has been written once, as fio's files have
-
-    def turn(batch: Callable[[int], float]) -> Arm:
-        """As many batches as take as long as a turn of fio, their pauses not counted."""
-
-        def run(number: int) -> float:
-            seconds, done = 0.0, 0
-            while seconds < effort.disk_turn:
-                seconds += batch(number + done)
-                done += 1
-            return done * size * layout.chunk_bytes / seconds
-
-        return run
 
     def control(way: Control, direction: Direction) -> Arm:
         return lambda _: way.rate(direction, effort.disk_turn)
 
-    arms = {"put": turn(tier.put), "get": turn(tier.get)}
+    arms: dict[str, Arm] = {
+        "put": lambda _: tier.put(effort.disk_turn),
+        "get": lambda _: tier.get(effort.disk_turn),
+    }
     for direction, ways in chosen.items():
         arms |= {f"{direction} {way.name}": control(way, direction) for way in ways}
     rates = interleave(arms, effort.disk_rounds)

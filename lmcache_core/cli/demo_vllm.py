@@ -197,6 +197,7 @@ def _command(options: DemoOptions, dtype: str, port: int, *, connector: bool) ->
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.model)]
     command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     command += ["--max-model-len", str(options.tokens + 512 + options.answer_tokens), "--enforce-eager"]
+    command += ["--shutdown-timeout", str(round(STOP_S))]
     if connector:
         transfer = vllm_transfer_config(str(options.config_file))
         command += ["--no-enable-prefix-caching", "--kv-transfer-config", json.dumps(transfer)]

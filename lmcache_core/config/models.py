@@ -124,7 +124,7 @@ class TierConfig(Frozen):
     write: Literal["through", "back", "never"] = "through"
     """When a storage tier gets a chunk: on store (`through`), on leaving memory (`back`), or `never` (read only)."""
     promote: bool = True
-    """Take in chunks that were read from a tier farther away; memory always does."""
+    """Keep chunks read from this tier in memory, and in the tiers nearer than it."""
     serde: SerdeField | None = None
     """How chunks are encoded on the way in; raw bytes without one."""
     eviction: Eviction = Field(default_factory=LruConfig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,7 @@ def engine_config(**changes: Any) -> Any:
         cache_config=SimpleNamespace(kv_cache_layout="LBHNC", cache_dtype="auto"),
         load_config=SimpleNamespace(load_format="dummy"),
         speculative_config=None,
+        shutdown_timeout=0,
         compilation_config=SimpleNamespace(
             static_forward_context={f"model.layers.{i}.attn": SimpleNamespace(isa="vec") for i in range(LAYERS)}
         ),
@@ -398,6 +400,27 @@ def test_a_refused_engine_runs_without_caching(tmp_path: Path, caplog: pytest.Lo
     assert scheduler.reset_cache() is None
     scheduler.shutdown()
     worker.shutdown()
+
+
+@pytest.mark.parametrize("timeout, warned", [(0, True), (30, False)])
+def test_write_back_needs_time_to_end(
+    timeout: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    worker = connector(KVConnectorRole.WORKER, tmp_path)
+    worker.register_kv_caches(memory())
+    disk = {
+        "name": "disk",
+        "capacity": "16MiB",
+        "write": "back",
+        "backend": {"type": "gds", "path": str(tmp_path / "kv")},
+    }
+    tiers = [{"name": "dram", "capacity": "8MiB", "backend": {"type": "cpu"}}, disk]
+    scheduler = connector(KVConnectorRole.SCHEDULER, tmp_path, config={"chunk_tokens": 64, "tiers": tiers})
+    scheduler._vllm_config.shutdown_timeout = timeout
+    scheduler.set_xfer_handshake_metadata({0: worker.get_handshake_metadata()})
+    assert ("--shutdown-timeout 30" in caplog.text) is warned
+    scheduler.shutdown()
 
 
 def test_settings_are_checked_at_once(tmp_path: Path) -> None:
