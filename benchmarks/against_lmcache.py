@@ -8,6 +8,7 @@ thread on both sides, pools full and warm unless the row says otherwise. Prints 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -53,7 +55,7 @@ WORKER = Path(__file__).with_name("peer_worker.py")
 
 
 class Peer:
-    """The worker process in LMCache's environment."""
+    """The worker process in LMCache's environment, for the time of a `with` block."""
 
     def __init__(self, python: str) -> None:
         try:
@@ -68,7 +70,19 @@ class Peer:
             raise LMCacheError(
                 f"cannot start {python}: {error.strerror}; see docs/benchmarks.md for its set-up"
             ) from error
-        self._answer("start")
+
+    def __enter__(self) -> Peer:
+        try:
+            self._answer("start")
+        except LMCacheError:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def __call__(self, op: str, **args: Any) -> float:
         """One step; its value. Raise `LMCacheError` when it failed."""
@@ -93,13 +107,15 @@ class Peer:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it may have ended by itself
+            self._process.stdin.close()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process.stdout.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,17 +309,15 @@ def disk_rows(peer: Peer, effort: Effort, directory: Path) -> list[Row]:
     source = Arena(LAYOUT.chunk_bytes, size * stored)
     source.fill()
     tier = DiskTier(LAYOUT, directory / "ours", size, source)
-    for number in range(3):
-        tier.put(number)
     peer("disk", directory=str(directory / "theirs"), chunks=size)
-    nbytes = size * LAYOUT.chunk_bytes
+    turn = effort.disk_turn
     arms: dict[str, Arm] = {
-        "ours": lambda n: nbytes / tier.put(n),
-        "legacy": peer.arm("put", part="direct"),
-        "legacy, buffered": peer.arm("put", part="buffered"),
+        "ours": lambda _: tier.put(turn),
+        "legacy": peer.arm("put", part="direct", seconds=turn),
+        "legacy, buffered": peer.arm("put", part="buffered", seconds=turn),
     }
     rows = [compare("disk put", "GB/s", 1e-9, effort.disk_rounds, arms)]
-    arms = {"ours": lambda n: nbytes / tier.get(n), "legacy": peer.arm("get", part="direct")}
+    arms = {"ours": lambda _: tier.get(turn), "legacy": peer.arm("get", part="direct", seconds=turn)}
     rows.append(compare("disk get", "GB/s", 1e-9, effort.disk_rounds, arms))
     tier.close()
     return rows
@@ -355,12 +369,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part, measure in parts.items():
             if args.only and part not in args.only:
                 continue
-            with working(f"{part}: lmcache-core and LMCache in turns"):
-                peer = Peer(args.peer_python)
-                try:
-                    rows += measure(peer)
-                finally:
-                    peer.close()
+            with working(f"{part}: lmcache-core and LMCache in turns"), Peer(args.peer_python) as peer:
+                rows += measure(peer)
     except LMCacheError as error:
         warn(str(error))
         return 1

@@ -230,28 +230,40 @@ class LegacyDisk:
         for _ in range(3):
             self.put()
 
-    def put(self) -> float:
-        keys = self.keys.take(self.chunks)
+    def put(self, seconds: float = 0.0) -> float:
+        """A stream: the next batch is submitted when half of the one before is written."""
+        waiting: list[CacheEngineKey] = []
+        moved = 0
         begun = time.perf_counter()
-        self.backend.batched_submit_put_task(keys, self.objects)
-        while any(self.backend.exists_in_put_tasks(key) for key in keys):
+        while not moved or time.perf_counter() - begun < seconds:
+            keys = self.keys.take(self.chunks)
+            while len(waiting) > self.chunks // 2:
+                time.sleep(0.0005)
+                waiting = [key for key in waiting if self.backend.exists_in_put_tasks(key)]
+            self.backend.batched_submit_put_task(keys, self.objects)
+            waiting += keys
+            self.idle.append(keys)
+            moved += self.chunks * nbytes(BIG)
+        while waiting:
             time.sleep(0.0005)
-        seconds = time.perf_counter() - begun
-        self.idle.append(keys)
-        if len(self.idle) > 2:
+            waiting = [key for key in waiting if self.backend.exists_in_put_tasks(key)]
+        spent = time.perf_counter() - begun
+        while len(self.idle) > 2:
             self.idle.popleft()
-        return self.chunks * nbytes(BIG) / seconds
+        return moved / spent
 
-    def get(self) -> float:
-        keys = self.idle.popleft()
-        self.idle.append(keys)
+    def get(self, seconds: float = 0.0) -> float:
+        """Batch after batch; each call blocks until its batch is there."""
+        moved = 0
         begun = time.perf_counter()
-        found = self.backend.batched_get_blocking(keys)
-        seconds = time.perf_counter() - begun
-        assert all(thing is not None for thing in found), "a chunk on disk was not found"
-        for thing in found:
-            thing.ref_count_down()
-        return self.chunks * nbytes(BIG) / seconds
+        while not moved or time.perf_counter() - begun < seconds:
+            self.idle.rotate(-1)
+            found = self.backend.batched_get_blocking(self.idle[0])
+            assert all(thing is not None for thing in found), "a chunk on disk was not found"
+            for thing in found:
+                thing.ref_count_down()
+            moved += self.chunks * nbytes(BIG)
+        return moved / (time.perf_counter() - begun)
 
 
 class Mp:
@@ -422,11 +434,11 @@ class Worker:
             to.copy_(at)
         return self.size * nbytes(BIG) / (time.perf_counter() - begun)
 
-    def put(self, part: str) -> float:
-        return float(self.parts[part].put())
+    def put(self, part: str, **args: float) -> float:
+        return float(self.parts[part].put(**args))
 
-    def get(self, part: str) -> float:
-        return float(self.parts[part].get())
+    def get(self, part: str, **args: float) -> float:
+        return float(self.parts[part].get(**args))
 
     def store(self, part: str, **args: bool) -> float:
         return float(self.parts[part].store(**args))

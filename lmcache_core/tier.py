@@ -176,8 +176,6 @@ class StorageTier:
                 for slot, outcome in zip(slots, outcomes, strict=True):
                     self._slots.sealed[slot] = outcome is None
                 return outcomes
-            for slot in slots:
-                self._slots.sealed[slot] = 0
             assert self._staging is not None
             buffers = self._staging.take(len(keys))
             try:

@@ -292,11 +292,15 @@ def test_memory_is_not_eaten_by_a_hung_tier(pipelines: BuildPipeline) -> None:
 
 
 # -- clear, flush, close -----------------------------------------------------------------------------------------
-def test_clear_returns_though_a_medium_hangs(pipelines: BuildPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", [DictConfig, remote], ids=["local", "remote"])
+def test_clear_returns_though_a_medium_hangs(
+    pipelines: BuildPipeline, monkeypatch: pytest.MonkeyPatch, backend: Any
+) -> None:
     monkeypatch.setattr(pipeline_module, "CLEAR_S", 0.1)
     injector = FaultInjector({"hung": Rates(), "healthy": Rates()})
     names = keys(3)
-    pipeline = filled(pipelines, tier("hung", lane=QUICK), tier("healthy", lane=QUICK), names=names, injector=injector)
+    hung, healthy = tier("hung", backend=backend(), lane=QUICK), tier("healthy", lane=QUICK)
+    pipeline = filled(pipelines, hung, healthy, names=names, injector=injector)
     injector["hung"].hold("clear")
     watch = Stopwatch()
     with pytest.raises(BackendError, match=r"out of service.*hung \(no answer\)"):

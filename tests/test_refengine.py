@@ -47,7 +47,10 @@ from lmcache_serde.zstd import ZstdConfig
 pytestmark = [pytest.mark.usefixtures("quick_breaker"), pytest.mark.timeout(120)]
 
 DEFAULTS = EngineOptions()
-LANE = LaneConfig(threads=2, deadline=0.05)
+LANE = LaneConfig(threads=2, deadline=10.0)
+"""No deadline that a busy machine would miss, so that the tier is used and not paused."""
+HASTY = LaneConfig(threads=2, deadline=0.05)
+"""For tiers that hang."""
 FLAKY = Rates(
     error=0.02, late_error=0.02, slow=0.05, slow_s=0.001, refuse=0.02, no_space=0.02, lost_put=0.02, torn_put=0.02,
     lost_get=0.02, flip=0.03, truncate=0.02, zero_tail=0.02, misdirect=0.03,
@@ -90,8 +93,7 @@ def disk(path: Path, mode: Any = "segments", **options: Any) -> TierConfig:
 
 
 def store(name: str = "store", objects: int = 120, **options: Any) -> TierConfig:
-    backend = options.pop("backend", None) or DictConfig()
-    return TierConfig(name=name, capacity=objects * 5120, backend=backend, lane=LANE, **options)
+    return TierConfig(name=name, capacity=objects * 5120, **{"backend": DictConfig(), "lane": LANE, **options})
 
 
 CASES = [
@@ -99,7 +101,7 @@ CASES = [
     Case("write through, flaky", 4000, lambda _: [store()], {"store": FLAKY}, slots=16, clear=0.002),
     Case(
         "write back, remote, hanging", 3000,
-        lambda _: [store("remote", write="back", backend=DictConfig(scannable=False, local=False))],
+        lambda _: [store("remote", write="back", lane=HASTY, backend=DictConfig(scannable=False, local=False))],
         {"remote": HANGING}, options=EngineOptions(page_order="packed", prefix_cache=True), clear=0.002,
     ),
     Case(
@@ -116,7 +118,7 @@ CASES = [
         {"files": replace(FLAKY, slow=0.0)}, slots=16, staging=1 << 17,
     ),
     Case(
-        "three engines at once", 3000, lambda _: [store(write="back"), store("far", objects=300)],
+        "three engines at once", 3000, lambda _: [store(write="back"), store("far", objects=300, lane=HASTY)],
         {"store": FLAKY, "far": HANGING}, slots=48, engines=3, clear=0.001,
     ),
 ]  # fmt: skip

@@ -175,7 +175,7 @@ class FileVolume:
         reads: list[tuple[int, Fd, int]] = []
         for i, key in reversed(list(enumerate(keys))):
             try:
-                fd = self.folder.open(key.hex(), os.O_RDONLY | self._direct, self._leaf(key))
+                fd = self.folder.open(key.hex(), os.O_RDONLY | os.O_NOATIME | self._direct, self._leaf(key))
             except FileNotFoundError:
                 self._forget(key)
                 continue
@@ -239,6 +239,8 @@ class FileVolume:
                     try:
                         if span.nbytes != len(buffers[i]):
                             os.ftruncate(fd.number, len(buffers[i]))
+                        now = time.time_ns()  # the kernel's own clock is too coarse to order a batch
+                        os.utime(fd.number, ns=(now, now))
                         self._publish(keys[i], name, _File(len(buffers[i]), fd.allocated), epoch)
                     except OSError as error:
                         self._unweighed = True

@@ -24,8 +24,8 @@ import enum
 import os
 import secrets
 import struct
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from lmcache_backends.gds.killpoint import killpoint
 from lmcache_core import _native
 from lmcache_core.types import PAGE, ChunkKey, round_up
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 NAME = "journal"
 _TEMPORARY = "journal.tmp"
 _MAGIC = b"LMCJNL\r\n"
@@ -41,7 +44,10 @@ _VERSION = 1
 _HEADER = struct.Struct("<8sQQQ")
 _RECORD = struct.Struct("<32sQIIQ8x")
 _KIND_SHIFT = 56
+_BYTES_MASK = (1 << _KIND_SHIFT) - 1
 _BODY = 56
+_CHECKED = 1 << 16
+"""Records checked at once."""
 
 
 class Kind(enum.IntEnum):
@@ -52,15 +58,18 @@ class Kind(enum.IntEnum):
     TOUCH = 3
 
 
-class Record(NamedTuple):
-    """One journal entry."""
+Record = tuple[ChunkKey, int, int, int, int]
+"""Key, generation, segment, slot, and object bytes with the kind in the top byte: plain, there are a million of them."""
 
-    kind: int
-    key: ChunkKey
-    generation: int
-    segment: int
-    slot: int
-    nbytes: int
+
+def record(kind: Kind, key: ChunkKey, generation: int, segment: int, slot: int, nbytes: int) -> Record:
+    """One journal entry."""
+    return key, generation, segment, slot, nbytes | kind << _KIND_SHIFT
+
+
+def kind_and_bytes(word: int) -> tuple[int, int]:
+    """The kind, which may be none of ours, and the object bytes in the last field of a record."""
+    return word >> _KIND_SHIFT, word & _BYTES_MASK
 
 
 class Journal:
@@ -85,7 +94,7 @@ class Journal:
         """Bytes on the medium."""
         return self._fd.allocated if self._fd else 0
 
-    def load(self) -> Iterable[Record] | None:
+    def load(self) -> Iterator[Record] | None:
         """The records on the medium in order, or None when the file is missing, torn or not a journal of ours.
 
         A file of the planned size is appended to from now on; of another size, it is broken.
@@ -103,13 +112,12 @@ class Journal:
         if magic != _MAGIC or version != _VERSION:
             return None
         body = body[: len(body) // _RECORD.size * _RECORD.size]
-        good = _checks(np.frombuffer(body, dtype="<u8").reshape(-1, 8), generation)
-        count = len(good) if good.all() else int(good.argmin())
-        if count < snapshot or good[count:].any():
+        count = _good_records(np.frombuffer(body, dtype="<u8").reshape(-1, 8), generation)
+        if count is None or count < snapshot:
             return None
         if PAGE + len(body) == self.nbytes:
             self._fd, self._generation, self._count, self.broken = fd, generation, count, False
-        return (_unpack(fields) for fields in _RECORD.iter_unpack(memoryview(body)[: count * _RECORD.size]))
+        return cast(Iterator[Record], _RECORD.iter_unpack(memoryview(body)[: count * _RECORD.size]))
 
     def fits(self, count: int) -> bool:
         """Whether that many records can be appended before a rewrite."""
@@ -151,32 +159,35 @@ def file_bytes(records: int) -> int:
     return round_up(PAGE + records * _RECORD.size)
 
 
-def _unpack(fields: tuple[bytes, int, int, int, int]) -> Record:
-    key, generation, segment, slot, tail = fields
-    return Record(tail >> _KIND_SHIFT, ChunkKey(key), generation, segment, slot, tail & ((1 << _KIND_SHIFT) - 1))
-
-
-def _pack(records: Sequence[Record], generation: int) -> bytes:
-    if not records:
-        return b""
+def _pack(records: Iterable[Record], generation: int) -> bytearray:
     pack = _RECORD.pack
-    data = bytearray(
-        b"".join(pack(r.key, r.generation, r.segment, r.slot, r.nbytes | r.kind << _KIND_SHIFT) for r in records)
-    )
+    data = bytearray(b"".join([pack(*fields) for fields in records]))
     rows = np.frombuffer(data, dtype="<u8").reshape(-1, 8)
     rows[:, 7] = _row_hashes(rows) ^ np.uint64(generation)
-    return bytes(data)
+    return data
 
 
-def _checks(rows: np.ndarray, generation: int) -> np.ndarray:
-    """Which rows carry the right check."""
-    return np.asarray(rows[:, 7] == (_row_hashes(rows) ^ np.uint64(generation)))
+def _good_records(rows: NDArray[np.uint64], generation: int) -> int | None:
+    """How many rows carry the right check before the first that does not; None when a good one follows that."""
+    count = None
+    for first in range(0, len(rows), _CHECKED):
+        some = rows[first : first + _CHECKED]
+        if count is not None and not some.any():
+            continue  # never written
+        good = some[:, 7] == (_row_hashes(some) ^ np.uint64(generation))
+        if count is None and good.all():
+            continue
+        if count is None:
+            bad = int(good.argmin())
+            count = first + bad
+            good = good[bad:]
+        if good.any():
+            return None
+    return len(rows) if count is None else count
 
 
-def _row_hashes(rows: np.ndarray) -> np.ndarray:
-    if not len(rows):
-        return np.zeros(0, dtype=np.uint64)
-    addresses = int(rows.ctypes.data) + np.arange(len(rows), dtype=np.int64) * _RECORD.size
+def _row_hashes(rows: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    addresses = _native.address_of(rows) + np.arange(len(rows), dtype=np.int64) * _RECORD.size
     return _native.xxh3_64_batch(addresses, np.full(len(rows), _BODY, dtype=np.int64))
 
 
@@ -184,7 +195,7 @@ def _xxh3(data: bytes) -> bytes:
     return _native.xxh3_64(data).to_bytes(8, "little")
 
 
-def _write(fd: Fd, data: bytes, offset: int) -> None:
+def _write(fd: Fd, data: bytes | bytearray, offset: int) -> None:
     view = memoryview(data)
     while view:
         done = os.pwrite(fd.number, view, offset)

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from lmcache_backends.gds import journal, transfer
 from lmcache_backends.gds.folder import Fd, Folder, Io
 from lmcache_backends.gds.geometry import Geometry, slots_in
-from lmcache_backends.gds.journal import Journal, Kind, Record
+from lmcache_backends.gds.journal import Journal, Kind, Record, kind_and_bytes, record
 from lmcache_backends.gds.killpoint import killpoint
 from lmcache_backends.gds.slab import Entry, Segment, Slab
 from lmcache_core import _native
@@ -396,8 +396,8 @@ class SegmentVolume:
 
     def _rewrite(self) -> None:
         with self._lock:
-            records = [_record(Kind.PUT, key, entry) for key, entry in self._index.items()]
-        self._journal.rewrite(records)
+            items = list(self._index.items())
+        self._journal.rewrite([_record(Kind.PUT, key, entry) for key, entry in items])
 
     def _touch(self, keys: Sequence[ChunkKey]) -> None:
         """Note a use of keys in prefix order: the deepest, useless without the others, stays the coldest. Lock held."""
@@ -410,9 +410,7 @@ class SegmentVolume:
     def _recover(self) -> None:
         segments = self._open_segments()
         records = self._journal.load()
-        if records is None:
-            records = _scan_headers(segments)
-        taken = _replay(records, segments, self._index)
+        taken = _replay(_scan_headers(segments) if records is None else records, segments, self._index)
         for segment in segments.values():
             owners = taken[segment.number]
             segment.free = deque(slot for slot in range(segment.slots) if owners[slot] is None)
@@ -474,7 +472,7 @@ def _span(entry: Entry, buffer: memoryview) -> transfer.Span:
 
 
 def _record(kind: Kind, key: ChunkKey, entry: Entry) -> Record:
-    return Record(kind, key, entry.segment.generation, entry.segment.number, entry.slot, entry.nbytes)
+    return record(kind, key, entry.segment.generation, entry.segment.number, entry.slot, entry.nbytes)
 
 
 def _replay(
@@ -485,11 +483,12 @@ def _replay(
     What does not fit the segments that are there is left out; of two keys in one slot the later has it.
     """
     taken: dict[int, list[ChunkKey | None]] = {number: [None] * s.slots for number, s in segments.items()}
-    for kind, key, generation, number, slot, nbytes in records:
+    for key, generation, number, slot, word in records:
         segment = segments.get(number)
         if segment is None or segment.generation != generation or slot >= segment.slots:
             continue
         owners = taken[number]
+        kind, nbytes = kind_and_bytes(word)
         if kind == Kind.PUT and 0 < nbytes <= segment.slot_bytes:
             _release(index.pop(key, None), taken)
             before = owners[slot]
@@ -530,10 +529,10 @@ def _scan_headers(segments: dict[int, Segment]) -> list[Record]:
                 except CorruptChunk:
                     continue
                 nbytes = object_bytes(head.stored_bytes)
-                record = Record(Kind.PUT, head.key, segment.generation, segment.number, slot, nbytes)
-                found.append((head.created, record))
+                entry = record(Kind.PUT, head.key, segment.generation, segment.number, slot, nbytes)
+                found.append((head.created, entry))
     found.sort(key=lambda pair: pair[0])
-    return [record for _, record in found]
+    return [entry for _, entry in found]
 
 
 def _take_lock(folder: Folder) -> Fd:

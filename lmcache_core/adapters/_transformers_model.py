@@ -35,6 +35,7 @@ class Bypass(enum.StrEnum):
     ADAPTER = "adapter"
     HOOKS = "hooks"
     AUTOCAST = "autocast"
+    MOVED = "moved"
     ERROR = "error"
 
 

@@ -170,6 +170,13 @@ class Scheduler:
     # -- one request -----------------------------------------------------------------------------------------
     def match(self, request: Request, computed: int, *, read: bool = True) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond `computed`, and whether between steps; None means ask again later."""
+        try:
+            return self._match(request, computed, read)
+        except Exception:
+            self._give_up("match")
+            return 0, False
+
+    def _match(self, request: Request, computed: int, read: bool) -> tuple[int | None, bool]:
         state = self._state(request)
         if state is None:
             return 0, False
@@ -245,18 +252,33 @@ class Scheduler:
     def plan(self, scheduled: Mapping[str, int], table: Callable[[str], list[int] | None]) -> StepPlan:
         """The worker's part of a step that computes `scheduled` tokens per request; `table` gives its blocks."""
         self._step += 1
-        if not scheduled:
-            self._wait_idle()
+        plan, step = StepPlan(self._step), _Step()
+        try:
+            if not scheduled:
+                self._wait_idle()
+            self._plan_loads(plan, step)
+        except Exception:
+            self._give_up("loads")
+            self._withdraw(plan)
+        try:
+            plan.saves = self._plan_saves(scheduled, table, step)
+        except Exception:
+            self._give_up("saves")
+            while step.reservations:
+                step.reservations.pop().abort()
+        if step.leases or step.reservations:
+            self._steps[self._step] = step
+        return plan
+
+    def _plan_loads(self, plan: StepPlan, step: _Step) -> None:
         if self._attach is not None and self._step > MAX_ATTACH_STEPS:
             self._detached(f"the worker did not answer within {MAX_ATTACH_STEPS} steps")
-        plan = StepPlan(self._step, attach=self._attach)
-        step = _Step()
+        plan.attach = self._attach
         rows: list[NDArray[np.int64]] = []
         offsets: list[NDArray[np.int64]] = []
+        waiting: list[_Load] = []
         for load in self._sync:
             self._fill(load, step, rows, offsets)
-        self._sync.clear()
-        waiting: list[_Load] = []
         for load in self._async:
             if load.aborted:
                 load.fetch.drop()
@@ -266,13 +288,9 @@ class Scheduler:
             else:
                 plan.failed_blocks += self._fill(load, step, rows, offsets)
                 plan.received.append(load.request_id)
-        self._async = waiting
         if rows:
             plan.loads = Copies(np.concatenate(rows), np.concatenate(offsets))
-        plan.saves = self._saves(scheduled, table, step)
-        if step.leases or step.reservations:
-            self._steps[self._step] = step
-        return plan
+        self._sync, self._async = [], waiting
 
     def done(self, report: StepReport) -> None:
         """The worker has carried out the plan of a step (and of all before it)."""
@@ -326,6 +344,21 @@ class Scheduler:
         self.pipeline.close(timeout)
 
     # -- inside ----------------------------------------------------------------------------------------------
+    def _give_up(self, where: str) -> None:
+        """Called in an exception handler: a defect of ours must not fail the engine's requests."""
+        logger.exception("lmcache-core: please report this defect")
+        self._detached(f"unexpected error in {where}; see the log")
+
+    def _withdraw(self, plan: StepPlan) -> None:
+        """Loads could not be planned: promised blocks hold nothing, and nothing stays promised."""
+        plan.loads, plan.received, plan.failed_blocks = None, [], []
+        for load in (*self._sync, *self._async):
+            load.fetch.drop()
+            plan.failed_blocks += load.table[load.start : load.stop]
+            if load.asynchronous:
+                plan.received.append(load.request_id)
+        self._sync, self._async = [], []
+
     def _detached(self, reason: str) -> None:
         self._attach = None
         self.disabled = reason
@@ -391,7 +424,7 @@ class Scheduler:
         # A read may have failed since it was promised; then nobody knows where its tokens came from.
         return [tiers[chunk] for chunk in chunks] if chunks and chunks[-1] < len(tiers) else []
 
-    def _saves(
+    def _plan_saves(
         self, scheduled: Mapping[str, int], table: Callable[[str], list[int] | None], step: _Step
     ) -> Copies | None:
         """Reserve slots for the chunks this step completes."""

@@ -44,12 +44,12 @@ class StepPlan:
     received: list[str] = field(default_factory=list)
     """Requests whose asynchronous load ends with this step's `loads`."""
     failed_blocks: list[int] = field(default_factory=list)
-    """Blocks of `received` requests that could not be filled; the engine computes them itself."""
+    """Blocks that were promised and cannot be filled; the engine computes them itself."""
 
     @property
     def empty(self) -> bool:
         """Whether the worker has nothing to do."""
-        return not (self.attach or self.loads or self.saves or self.received)
+        return not (self.attach or self.loads or self.saves or self.received or self.failed_blocks)
 
 
 @dataclass(slots=True)

@@ -164,6 +164,7 @@ class Handle:
         """`calls`, `bypass.<reason>`, `miss.<reason>`, `prompt_tokens`, `reused_tokens`, `stored_chunks`, `errors`."""
         self._lock = threading.Lock()
         self._guard = Guard(model)
+        self._home = (model.device, model.dtype)
         self._salt = salt
         self._tokenizer_digest = tokenizer_digest
         self.original = model.generate
@@ -291,6 +292,8 @@ class Handle:
             return Bypass.OUTPUTS
         if torch.is_autocast_enabled(self.geometry.device.type):
             return Bypass.AUTOCAST
+        if (self.model.device, self.model.dtype) != self._home:
+            return Bypass.MOVED
         return state_refusal(self.model)
 
     @staticmethod

@@ -36,6 +36,7 @@ from lmcache_core.build import build
 from lmcache_core.errors import ConfigError, Problem, Unsupported
 from lmcache_core.identity import Identity
 from lmcache_core.layout import KVLayout
+from lmcache_core.pipeline import Pipeline
 from lmcache_core.protocols import Frozen
 from lmcache_core.units import format_bytes
 
@@ -190,6 +191,9 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         layout = replace(pages.layout, chunk_tokens=chunk)
         base = compat.model_identity(self._vllm_config, layout, settings.weights)
         pipeline = build(self._config, layout, shared=True)
+        if pipeline.slots.region.share is None:
+            pipeline.close()
+            raise ConfigError(f"tier {pipeline.memory_name}: vLLM's worker cannot map such memory; use type: cpu")
         recompute = self._kv_transfer_config.kv_load_failure_policy == "recompute"
         self._identities = _Identities(base)
         scheduler = Scheduler(
@@ -199,35 +203,40 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
             overlap=settings.load == "auto" and recompute,
             save_decode=settings.save_decode,
         )
-        if settings.load == "async" and not recompute:
+        self._announce(pipeline, base)
+        return scheduler
+
+    def _announce(self, pipeline: Pipeline, identity: Identity) -> None:
+        """Say once what is cached where, and what in vLLM's settings can lose it."""
+        policy = self._kv_transfer_config.kv_load_failure_policy
+        if self._settings.load == "async" and policy != "recompute":
             logger.warning(
                 "lmcache-core: load=async with kv_load_failure_policy=%s: a failed read fails its request; "
                 "set kv_load_failure_policy to recompute",
-                self._kv_transfer_config.kv_load_failure_policy,
+                policy,
             )
         late = [tier.name for tier in pipeline.tiers if tier.write_mode == "back"]
         if late and self._vllm_config.shutdown_timeout < SHUTDOWN_S:
             logger.warning(
-                "lmcache-core: vLLM kills its engine %s s after it was asked to end; chunks that tier %s did not get by "
-                "then are lost. Start vLLM with --shutdown-timeout 30, or use write: through",
+                "lmcache-core: vLLM kills its engine %s s after it was asked to end; what tier %s has not got by then "
+                "is lost. Start vLLM with --shutdown-timeout 30, or use write: through",
                 self._vllm_config.shutdown_timeout,
                 ", ".join(late),
             )
-        slots = pipeline.slots
-        tiers = [f"{pipeline.memory_name} {slots.count} chunks, {slots.count * chunk} tokens"]
+        layout, slots = pipeline.layout, pipeline.slots
+        tiers = [f"{pipeline.memory_name} {slots.count} chunks, {slots.count * layout.chunk_tokens} tokens"]
         for tier in pipeline.tiers:
             room = "no limit" if tier.capacity is None else format_bytes(tier.capacity)
             tiers.append(f"{tier.name} {room} (write {tier.write_mode})")
         logger.info(
             "lmcache-core: caching KV of %s (weights %.12s, %s) in chunks of %d tokens, %s each: %s",
-            base.model,
-            base.weights,
+            identity.model,
+            identity.weights,
             layout.packing,
-            chunk,
+            layout.chunk_tokens,
             format_bytes(layout.chunk_bytes),
             "; ".join(tiers),
         )
-        return scheduler
 
     # -- scheduler: a request --------------------------------------------------------------------------------
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:

@@ -158,7 +158,7 @@ class DiskTier:
     """A pipeline over a disk tier that holds twice what fits into memory, so that reads in rotation are from disk."""
 
     def __init__(self, layout: KVLayout, directory: Path, size: int, source: Arena) -> None:
-        """Write once over every part of the disk tier, and read one batch back to compare it with the source."""
+        """Write once over every part of the disk tier, as the controls do with their files."""
         self._size = size
         self._nbytes = size * layout.chunk_bytes
         stored = round_up(object_bytes(layout.chunk_bytes))
@@ -173,16 +173,24 @@ class DiskTier:
         self._pipeline = pipeline_of(layout, _HELD // 2 * size, disk)
         self._batches: deque[list[ChunkKey]] = deque()
         """On disk, the one that was idle longest first."""
-        pieces = source.pieces(0, size)
-        lengths = np.full(size, layout.chunk_bytes, dtype=np.int64)
-        for _ in range(_HELD + 1):
-            with self._pipeline.reserve(fresh_keys(size)) as room:
-                _native.copy_batch(room.addresses, source.addresses(pieces), lengths)
+        self._prove(source)
+        for _ in range(_HELD):
             self.put(0.0)
-        keys = self._batches[0]
+
+    def _prove(self, source: Arena) -> None:
+        """Give every slot bytes of the source, then send one chunk to disk and back and compare."""
+        slots = self._pipeline.slots.count
+        with self._pipeline.reserve(fresh_keys(slots)) as room:
+            pieces = np.arange(slots, dtype=np.int64) % source.chunks
+            lengths = np.full(slots, source.chunk_bytes, dtype=np.int64)
+            _native.copy_batch(room.addresses, source.addresses(pieces), lengths)
+        keys = fresh_keys(1)
+        self._pipeline.store(keys, lambda room: room.view(0).__setitem__(slice(None), source.piece(0).data))
+        self._pipeline.flush(_PATIENCE)
+        self._pipeline.clear("dram")
         with self._pipeline.retrieve(keys) as lease:
             self._check(lease, keys)
-            if any(lease.view(i) != source.piece(int(piece)).data for i, piece in enumerate(pieces)):
+            if lease.view(0) != source.piece(0).data:
                 raise LMCacheError("bytes read differ from the bytes written")
 
     def put(self, seconds: float) -> float:

@@ -436,13 +436,14 @@ class FakeEngine:
         self.waiting.appendleft(request)
 
     def _execute(self, plan: StepPlan, scheduled: dict[str, int], starts: dict[str, int]) -> None:
-        early = bool(plan.loads is not None and scheduled)
+        early = bool(scheduled and (plan.loads is not None or plan.failed_blocks))
         if early:
             self.worker.load(plan)
         for request_id, tokens in scheduled.items():
             request = self.requests[request_id]
             start = starts[request_id]
-            self._verify(request, start)
+            if not set(plan.failed_blocks).intersection(request.table):
+                self._verify(request, start)
             self.computed_tokens += tokens
             last = self._read(request, start - 1)[0] if start else b""
             for position in range(start, start + tokens):
@@ -469,6 +470,14 @@ class FakeEngine:
 
     def _update(self) -> None:
         scheduled, received, failed_blocks, report = self.outputs.popleft()
+        spoiled: set[str] = set()
+        for request in self.running:
+            # A load within a step failed: what was computed on top of it does not count.
+            bad = failed_blocks.intersection(request.table)
+            if bad and request.request_id in scheduled:
+                first = next(i for i, block in enumerate(request.table) if block in bad)
+                request.num_computed_tokens = first * BLOCK
+                spoiled.add(request.request_id)
         for request in self.waiting:
             if request.receiving and failed_blocks.intersection(request.table):
                 first = next(i for i, block in enumerate(request.table) if block in failed_blocks)
@@ -479,7 +488,7 @@ class FakeEngine:
             if request is None or request.done:
                 continue
             request.in_flight -= tokens
-            if request not in self.running:
+            if request not in self.running or request_id in spoiled:
                 continue
             if request.num_computed_tokens == request.num_tokens:
                 first = self._read(request, request.num_tokens - 1)[0]

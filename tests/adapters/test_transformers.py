@@ -340,6 +340,15 @@ def test_autocast_passes_through(model: Any, handle: Handle) -> None:
     assert handle.last.bypass is Bypass.AUTOCAST
 
 
+def test_a_model_converted_later_passes_through(model: Any, handle: Handle) -> None:
+    ids = prompt(3 * CHUNK + 2)
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    model.to(torch.float64)
+    out = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert handle.last.bypass is Bypass.MOVED
+    assert torch.equal(out, handle.original(ids, max_new_tokens=4, do_sample=False))
+
+
 class FakeTuner(torch.nn.Module):
     """What a PEFT layer looks like from outside."""
 

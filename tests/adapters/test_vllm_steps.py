@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import pickle
 import random
 from collections.abc import Callable
@@ -28,6 +29,8 @@ def ask(engine: FakeEngine, prompt: list[int], max_new: int = 3, **more: object)
     request = engine.add(FakeRequest(f"r{next(_ids)}", prompt, max_new, **more))
     engine.run()
     assert request.output == answer(prompt, max_new, request.salt)
+    assert engine.connector is not None
+    assert not engine.connector.disabled
     return request
 
 
@@ -426,7 +429,10 @@ def test_worker_that_cannot_attach_turns_caching_off() -> None:
     prompt = tokens(50)
     ask(FakeEngine(pipeline), prompt)
     engine = FakeEngine(pipeline, attachable=False)
-    assert ask(engine, prompt).external == 0
+    request = engine.add(FakeRequest("alone", prompt, 3))
+    engine.run()
+    assert request.output == answer(prompt, 3)
+    assert request.external == 0
     assert engine.connector is not None
     assert engine.connector.disabled == "this worker cannot attach"
     settle(pipeline)
@@ -439,11 +445,44 @@ def test_worker_that_never_answers_turns_caching_off(monkeypatch: pytest.MonkeyP
     ask(FakeEngine(pipeline), prompt)
     engine = FakeEngine(pipeline)
     monkeypatch.setattr(engine.worker, "report", lambda: None)
-    assert ask(engine, prompt).external == 0
+    request = engine.add(FakeRequest("alone", prompt, 3))
+    engine.run()
+    assert request.output == answer(prompt, 3)
+    assert request.external == 0
     assert engine.connector is not None
     assert "5 steps" in engine.connector.disabled
     engine.connector.close(5)
     pipeline.check(idle=True)
+
+
+@pytest.mark.parametrize("where", ["match", "loads", "saves"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_defect_of_ours_fails_no_request(
+    mode: dict[str, bool], where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = make_pipeline(32)
+    prompts = [tokens(60), tokens(50, 1), tokens(70, 2)]
+    engine = FakeEngine(pipeline, budget=200, **mode)
+    for prompt in prompts:
+        ask(engine, prompt)
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("planted")
+
+    assert engine.connector is not None
+    requests = [engine.add(FakeRequest(f"d{i}", prompt, 20)) for i, prompt in enumerate(prompts)]
+    if where == "match":
+        engine.step()
+        requests.append(engine.add(FakeRequest("late", tokens(40, 3), 2)))
+    method = {"match": (pipeline, "fetch"), "loads": (engine.connector, "_fill"), "saves": (pipeline, "reserve")}[where]
+    monkeypatch.setattr(*method, broken)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    engine.run()
+    for request in requests:
+        assert request.output == answer(request.prompt, request.max_new)
+    assert engine.connector.disabled == f"unexpected error in {where}; see the log"
+    assert "planted" in caplog.text
+    settle(pipeline)
 
 
 def test_saves_of_a_step_that_was_not_reported_are_not_published() -> None:
@@ -614,11 +653,12 @@ def _chaos(seed: int, mode: dict[str, bool]) -> None:
                 engine.connector.clear()
             pipeline.check()
         engine.run()
+        assert engine.connector is not None
+        assert not engine.connector.disabled
         for request in live:
             if not request.aborted:
                 assert request.output == answer(request.prompt, request.max_new, request.salt)
         settle(pipeline)
-        assert engine.connector is not None
         engine.connector.close(20)
 
 
