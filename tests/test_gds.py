@@ -347,7 +347,7 @@ def a_journal(path: Path, records: int) -> tuple[Folder, list[Record], bytes]:
         record(Kind(1 + i % 3), key_of(i), rng.getrandbits(64), i, rng.getrandbits(32), rng.getrandbits(50))
         for i in range(records)
     ]
-    it = journal.Journal(folder, 2 * records)
+    it = journal.Journal(folder, 2 * records, 2 * records)
     it.rewrite(batch[: records // 2])
     it.append(batch[records // 2 : -1])
     it.append(batch[-1:])
@@ -355,7 +355,7 @@ def a_journal(path: Path, records: int) -> tuple[Folder, list[Record], bytes]:
 
 
 def loaded(folder: Folder) -> list[Record] | None:
-    records = journal.Journal(folder, 64).load()
+    records = journal.Journal(folder, 64, 64).load()
     return None if records is None else list(records)
 
 

@@ -9,35 +9,35 @@ namespace {
 
 #if LMC_X86
 
-// Streaming stores in the order DRAM likes: four pages side by side, two cache lines of each in turn, so that
-// several DRAM rows are open at once and the hardware prefetcher follows four streams.
-constexpr int64_t SIDE = 4096, GROUP = 4 * SIDE;
+// Streaming stores in the order DRAM likes: four sides (pages, or quarters of a shorter run) side by side, two cache
+// lines of each in turn, so that several DRAM rows are open at once and the hardware prefetcher follows four streams.
+constexpr int64_t PAGE = 4096, SHORTEST = 4 * 256;
 
-LMC_TARGET_AVX512 void stream_avx512(char *to, const char *from, int64_t groups) {
-    for (; groups > 0; --groups, to += GROUP, from += GROUP) {
-        for (int64_t line = 0; line < SIDE; line += 128) {
-            for (int64_t side = 0; side < GROUP; side += SIDE) {
-                const char *source = from + side + line;
+LMC_TARGET_AVX512 void stream_avx512(char *to, const char *from, int64_t groups, int64_t side) {
+    for (; groups > 0; --groups, to += 4 * side, from += 4 * side) {
+        for (int64_t line = 0; line < side; line += 128) {
+            for (int64_t start = 0; start < 4 * side; start += side) {
+                const char *source = from + start + line;
                 _mm_prefetch(source + 256, _MM_HINT_T0);
                 _mm_prefetch(source + 320, _MM_HINT_T0);
                 const __m512i first = _mm512_loadu_si512(source), second = _mm512_loadu_si512(source + 64);
-                _mm512_stream_si512(reinterpret_cast<__m512i *>(to + side + line), first);
-                _mm512_stream_si512(reinterpret_cast<__m512i *>(to + side + line + 64), second);
+                _mm512_stream_si512(reinterpret_cast<__m512i *>(to + start + line), first);
+                _mm512_stream_si512(reinterpret_cast<__m512i *>(to + start + line + 64), second);
             }
         }
     }
 }
 
-LMC_TARGET_AVX2 void stream_avx2(char *to, const char *from, int64_t groups) {
-    for (; groups > 0; --groups, to += GROUP, from += GROUP) {
-        for (int64_t line = 0; line < SIDE; line += 128) {
-            for (int64_t side = 0; side < GROUP; side += SIDE) {
-                const char *source = from + side + line;
+LMC_TARGET_AVX2 void stream_avx2(char *to, const char *from, int64_t groups, int64_t side) {
+    for (; groups > 0; --groups, to += 4 * side, from += 4 * side) {
+        for (int64_t line = 0; line < side; line += 128) {
+            for (int64_t start = 0; start < 4 * side; start += side) {
+                const char *source = from + start + line;
                 _mm_prefetch(source + 256, _MM_HINT_T0);
                 _mm_prefetch(source + 320, _MM_HINT_T0);
                 for (int64_t half = 0; half < 128; half += 32) {
                     const auto *in = reinterpret_cast<const __m256i *>(source + half);
-                    _mm256_stream_si256(reinterpret_cast<__m256i *>(to + side + line + half), _mm256_loadu_si256(in));
+                    _mm256_stream_si256(reinterpret_cast<__m256i *>(to + start + line + half), _mm256_loadu_si256(in));
                 }
             }
         }
@@ -55,14 +55,20 @@ void copy_run(void *destination, const void *source, int64_t length, bool stream
     const auto *from = static_cast<const char *>(source);
 #if LMC_X86
     const int level = simd_level();
-    if (stream && level != LMC_PORTABLE && length >= GROUP) {
+    if (stream && level != LMC_PORTABLE && length >= SHORTEST + 64) {
         const int64_t head = -reinterpret_cast<intptr_t>(to) & 63;
         memcpy(to, from, static_cast<size_t>(head));
-        const int64_t groups = (length - head) / GROUP, done = head + groups * GROUP;
-        (level == LMC_AVX512 ? stream_avx512 : stream_avx2)(to + head, from + head, groups);
-        to += done;
-        from += done;
-        length -= done;
+        to += head;
+        from += head;
+        length -= head;
+        while (length >= SHORTEST) {
+            const int64_t quarter = length / 4 & ~int64_t{127}, side = quarter < PAGE ? quarter : PAGE;
+            const int64_t groups = length / (4 * side), done = groups * 4 * side;
+            (level == LMC_AVX512 ? stream_avx512 : stream_avx2)(to, from, groups, side);
+            to += done;
+            from += done;
+            length -= done;
+        }
     }
 #else
     (void)stream;

@@ -59,6 +59,7 @@ class Geometry:
     segment_bytes: int
     """Most bytes of one segment file."""
     journal_records: int
+    """Most records of the journal: twice as many as there can be objects."""
     overhead: int
     """What everything but the segments may occupy: the journal twice (it is replaced by renaming), lock, directory."""
     objects: int

@@ -1,6 +1,6 @@
 """The append-only journal of a segment store: what is where, so that a restart need not read every header.
 
-One preallocated file of fixed size: a header page, then records of 64 bytes, little-endian:
+One preallocated file: a header page, then records of 64 bytes, little-endian:
 
     offset size  field
          0   32  key
@@ -59,7 +59,7 @@ class Kind(enum.IntEnum):
 
 
 Record = tuple[ChunkKey, int, int, int, int]
-"""Key, generation, segment, slot, and object bytes with the kind in the top byte: plain, there are a million of them."""
+"""Key, generation, segment, slot, and object bytes with the kind in the top byte. Plain: there may be a million."""
 
 
 def record(kind: Kind, key: ChunkKey, generation: int, segment: int, slot: int, nbytes: int) -> Record:
@@ -75,15 +75,18 @@ def kind_and_bytes(word: int) -> tuple[int, int]:
 class Journal:
     """Appends records; not thread-safe, the store's commit lock guards it."""
 
-    def __init__(self, folder: Folder, records: int) -> None:
-        """Room for `records`; the file is taken over by `load` or made by the first `rewrite`."""
+    def __init__(self, folder: Folder, least: int, most: int) -> None:
+        """Room for `least` records or twice what a snapshot holds, never for more than `most`.
+
+        The file is taken over by `load` or made by the first `rewrite`.
+        """
         self._folder = folder
-        self.nbytes = file_bytes(records)
-        """Size of the file."""
-        self.records = (self.nbytes - PAGE) // _RECORD.size
+        self._least = least
+        self.most = most
         self._fd: Fd | None = None
         self._generation = 0
         self._count = 0
+        self._room = 0
         self.broken = True
         """Whether the file no longer tells the truth and must be rewritten before any slot is reused."""
         self.excess = 0
@@ -97,7 +100,7 @@ class Journal:
     def load(self) -> Iterator[Record] | None:
         """The records on the medium in order, or None when the file is missing, torn or not a journal of ours.
 
-        A file of the planned size is appended to from now on; of another size, it is broken.
+        A file of at most the planned size is appended to from now on; a larger one has to be rewritten.
         """
         try:
             fd = self._folder.open(NAME, os.O_RDWR)
@@ -105,7 +108,7 @@ class Journal:
                 head, body = file.read(PAGE), file.read()
         except OSError:
             return None
-        self.excess = max(0, fd.allocated - self.nbytes)
+        self.excess = max(0, fd.allocated - file_bytes(self.most))
         if len(head) < PAGE or head[_HEADER.size : _HEADER.size + 8] != _xxh3(head[: _HEADER.size]):
             return None
         magic, version, generation, snapshot = _HEADER.unpack_from(head)
@@ -115,13 +118,13 @@ class Journal:
         count = _good_records(np.frombuffer(body, dtype="<u8").reshape(-1, 8), generation)
         if count is None or count < snapshot:
             return None
-        if PAGE + len(body) == self.nbytes:
-            self._fd, self._generation, self._count, self.broken = fd, generation, count, False
+        if PAGE + len(body) <= file_bytes(self.most):
+            self._take(fd, len(body), generation, count)
         return cast(Iterator[Record], _RECORD.iter_unpack(memoryview(body)[: count * _RECORD.size]))
 
     def fits(self, count: int) -> bool:
         """Whether that many records can be appended before a rewrite."""
-        return self._count + count <= self.records
+        return self._count + count <= self._room
 
     def append(self, records: Sequence[Record]) -> None:
         """Append a batch that `fits` with one write. Raise `OSError`, after which the journal is broken."""
@@ -132,13 +135,17 @@ class Journal:
         self._count += len(records)
         self.broken = False
 
-    def rewrite(self, records: Sequence[Record]) -> None:
-        """Replace the journal by a snapshot. Raise `OSError`; the old file then stays, broken or not as it was."""
+    def rewrite(self, records: Sequence[Record], coming: int = 0) -> None:
+        """Replace the journal by a snapshot, with room for the batch that is `coming`.
+
+        Raise `OSError`; the old file then stays, broken or not as it was.
+        """
         generation = secrets.randbits(64)
+        room = min(self.most, max(self._least, 2 * len(records), len(records) + coming))
         try:
             self._folder.unlink(_TEMPORARY)
             fd = self._folder.open(_TEMPORARY, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            os.posix_fallocate(fd.number, 0, self.nbytes)
+            os.posix_fallocate(fd.number, 0, file_bytes(room))
             head = _HEADER.pack(_MAGIC, _VERSION, generation, len(records))
             _write(fd, head + _xxh3(head), 0)
             _write(fd, _pack(records, generation), PAGE)
@@ -150,7 +157,11 @@ class Journal:
                 self._folder.unlink(_TEMPORARY)
             raise
         killpoint("compact.after_rename")
-        self._fd, self._generation, self._count = fd, generation, len(records)
+        self._take(fd, file_bytes(room) - PAGE, generation, len(records))
+
+    def _take(self, fd: Fd, nbytes: int, generation: int, count: int) -> None:
+        """Append to this file from now on; it has `nbytes` behind its header."""
+        self._fd, self._room, self._generation, self._count = fd, nbytes // _RECORD.size, generation, count
         self.broken = False
 
 

@@ -61,7 +61,8 @@ class SegmentVolume:
         self._object_bytes = 0
         self._touched: dict[ChunkKey, None] = {}
         """Read since the last journal record, coldest first."""
-        self._journal = Journal(folder, geometry.journal_records)
+        most = geometry.journal_records
+        self._journal = Journal(folder, min(2 * geometry.objects + 64, most), most)
         try:
             folder.refuse("objects", "files")
             self._owner = _take_lock(folder)
@@ -387,17 +388,17 @@ class SegmentVolume:
             reads = [_record(Kind.TOUCH, key, self._index[key]) for key in touched]
         batch = reads + records
         if self._journal.broken or not self._journal.fits(len(batch)):
-            self._rewrite()
             batch = records  # a snapshot is in the order of use already
+            self._rewrite(len(batch))
         if batch:
             killpoint("journal.before_append")
             self._journal.append(batch)
             killpoint("journal.after_append")
 
-    def _rewrite(self) -> None:
+    def _rewrite(self, coming: int = 0) -> None:
         with self._lock:
             items = list(self._index.items())
-        self._journal.rewrite([_record(Kind.PUT, key, entry) for key, entry in items])
+        self._journal.rewrite([_record(Kind.PUT, key, entry) for key, entry in items], coming)
 
     def _touch(self, keys: Sequence[ChunkKey]) -> None:
         """Note a use of keys in prefix order: the deepest, useless without the others, stays the coldest. Lock held."""
@@ -418,7 +419,7 @@ class SegmentVolume:
         self._object_bytes = sum(entry.nbytes for entry in self._index.values())
         while self._room() < self._journal.excess and self._slab.segments:
             self._shed()
-        while len(self._index) > self._journal.records // 2:
+        while len(self._index) > self._journal.most // 2:
             _, entry = self._index.popitem(last=False)
             self._object_bytes -= entry.nbytes
             self._slab.give(entry.segment, entry.slot)

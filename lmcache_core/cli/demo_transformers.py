@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 from lmcache_core.cli.demo_common import (
@@ -24,6 +25,9 @@ CONTROL_IS = "cache off, the document's KV kept by the engine itself in the same
 
 def run(options: DemoOptions, report: Report) -> DemoResult:
     """Tell the story in two processes and gather what they measured. Raise `LMCacheError` when one fails."""
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if missing:
+        raise LMCacheError(f"{' and '.join(missing)} must be installed: pip install 'lmcache-core[transformers]'")
     first = _phase("first", options, report)
     restart = _phase("restart", options, report)
     return DemoResult(

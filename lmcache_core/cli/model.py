@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
-import importlib
+import importlib.util
 import os
 import shutil
 import subprocess

@@ -292,7 +292,6 @@ class Crashes:
         self.rng = random.Random(seed)
         self.expected = {mode: Expected() for mode in MODES}
         self.counts: Counter[str] = Counter()
-        self.options: Options | None = None
         self._room = dict.fromkeys(MODES, 0)
         self._journal = dict.fromkeys(MODES, 0)
         self._lossy = dict.fromkeys(MODES, False)
@@ -301,7 +300,7 @@ class Crashes:
     def cycle(self, mode: str, point: str = "") -> bool:
         """One life and death. With `point` the child dies there; False when it was never reached in that time."""
         rng = self.rng
-        options = self.options = Options.draw(rng, mode)
+        options = Options.draw(rng, mode)
         expected = self.expected[mode]
         path = self.home / mode
         if mode == "segments" and rng.random() < 0.05:
@@ -327,7 +326,7 @@ class Crashes:
 
         # One in four dies during recovery, the others at work.
         early = not point and rng.random() < 0.25
-        by_itself = self._fork(live, rng.uniform(0, 0.02) if not point else 0.3, from_birth=early)
+        by_itself = _fork(live, expected, options, rng.uniform(0, 0.02) if not point else 0.3, from_birth=early)
         self.counts["cycles"] += 1
         self.counts[point or "anywhere"] += by_itself or not point
         if expected.verified:
@@ -336,32 +335,45 @@ class Crashes:
             self._journal[mode] = options.journal_bytes()
         return by_itself
 
-    def _fork(self, live: Callable[[int], None], seconds: float, *, from_birth: bool) -> bool:
-        """Run `live` in a child, and kill it so long after it is born, or else ready. Whether it had died by then."""
-        assert self.options is not None
-        expected = self.expected[self.options.mode]
-        ready, tell = os.pipe()
-        child = os.fork()
-        if child == 0:
-            code = _SURVIVED
-            try:
-                live(tell)
-            except BaseException:
-                expected.report(traceback.format_exc())
-                code = _FAILED
-            finally:
-                os._exit(code)
-        os.close(tell)
-        with _closing(os.pidfd_open(child)) as life, _closing(ready):
-            if not from_birth:
-                select.select([life, ready], [], [], 60)
-            died = bool(select.select([life], [], [], seconds)[0])
-            if not died:
-                os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status):
-            raise AssertionError(f"{self.options}:\n{expected.message}")
-        return died
+
+def _fork(
+    live: Callable[[int], None],
+    expected: Expected,
+    options: Options,
+    seconds: float,
+    *,
+    from_birth: bool = False,
+    cut_power: Callable[[], None] | None = None,
+) -> bool:
+    """Run `live` in a child, and kill it so long after it says that it is ready, or after its birth.
+
+    Whether it had died by then. Raise `AssertionError` when it failed; what it says after `cut_power`, which is called
+    before it is killed, does not count.
+    """
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = _SURVIVED
+        try:
+            live(tell)
+        except BaseException:
+            expected.report(traceback.format_exc())
+            code = _FAILED
+        finally:
+            os._exit(code)
+    os.close(tell)
+    with _closing(os.pidfd_open(child)) as life, _closing(ready):
+        if not from_birth:
+            select.select([life, ready], [], [], 60)
+        died = bool(select.select([life], [], [], seconds)[0])
+        if not died:
+            if cut_power is not None:
+                cut_power()
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status) and (died or cut_power is None):
+        raise AssertionError(f"{options}:\n{expected.message}")
+    return died
 
 
 @contextlib.contextmanager
@@ -387,28 +399,18 @@ class Cuts:
         expected = self.expected[mode]
         options = Options.draw(self.rng, mode)
         seed = self.rng.getrandbits(32)
-        child = os.fork()
-        if child == 0:
-            code = _SURVIVED
-            try:
-                worker = Worker(path, expected, options, seed)
-                for key in range(KEYS):
-                    expected.settle(key, worker.look(key)[0])
-                threading.Thread(target=self._noise, args=(path, seed), daemon=True).start()
-                worker.run()
-            except BaseException:
-                expected.report(traceback.format_exc())
-                code = _FAILED
-            finally:
-                os._exit(code)
-        with _closing(os.pidfd_open(child)) as life:
-            died = bool(select.select([life], [], [], run_s * (0.5 + self.rng.random()))[0])
-            if not died:
-                self.disk.shutdown()
-                os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        if died:
-            raise AssertionError(f"{options}:\n{expected.message}")
+
+        def live(ready: int) -> None:
+            worker = Worker(path, expected, options, seed)
+            for key in range(KEYS):
+                expected.settle(key, worker.look(key)[0])
+            threading.Thread(target=self._noise, args=(path, seed), daemon=True).start()
+            os.write(ready, b"r")
+            worker.run()
+
+        seconds = run_s * (0.5 + self.rng.random())
+        if _fork(live, expected, options, seconds, cut_power=self.disk.shutdown):
+            raise AssertionError(f"{options}: nobody may die of its own accord here")
         self.disk.unmount()
         self.disk.mount()
         self._look(path, options, seed)
@@ -428,8 +430,8 @@ class Cuts:
         """Until the power goes: commit the file system's log all the time, as a neighbour's fsync does, and write parts
         of our files back in no good order, as the kernel may."""
         rng = random.Random(seed)
-        other = os.open(self.disk.mnt / "neighbour", os.O_RDWR | os.O_CREAT)
         with contextlib.suppress(OSError):
+            other = os.open(self.disk.mnt / "neighbour", os.O_RDWR | os.O_CREAT)
             while True:
                 files = [p for p in path.iterdir() if p.is_file()]
                 for file in rng.sample(files, min(4, len(files))):

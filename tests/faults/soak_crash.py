@@ -24,13 +24,16 @@ FILE_SYSTEMS = (("ext4", "", 2), ("ext4", "nodelalloc,data=writeback", 1), ("xfs
 
 
 def kills(home: Path, cycles: int, seed: int, show: bool) -> Counter[str]:
-    """Two thirds die at a random time, the others at each named point in turn."""
+    """Two thirds die at a random time, the others at the named point where fewest have died."""
     crashes = Crashes(home, seed)
-    points = {mode: killpoints(mode) for mode in MODES}
+    deaths = {mode: dict.fromkeys(killpoints(mode), 0) for mode in MODES}
     for cycle in range(cycles):
         mode = MODES[cycle % 2]
-        point = points[mode][cycle // 6 % len(points[mode])] if cycle % 3 == 2 else ""
-        crashes.cycle(mode, point)
+        point = min(deaths[mode], key=deaths[mode].__getitem__) if cycle % 3 == 2 else ""
+        died = crashes.cycle(mode, point)
+        if point:
+            # A point that is hard to reach is tried more often than others, but not for ever.
+            deaths[mode][point] += 2 if died else 1
         _progress(show, cycle, cycles, crashes.counts)
     return crashes.counts
 
