@@ -21,6 +21,9 @@ MODELS := .models
 MODEL  := $(MODELS)/smollm2-135m-instruct
 CSRC   := $(shell find csrc -type f 2>/dev/null)
 
+# Spinning OpenMP threads starve every other thread on a machine with few cores.
+export OMP_WAIT_POLICY ?= passive
+
 .DELETE_ON_ERROR:
 .PHONY: help install demo demo-vllm test lint format bench bench-peer bench-docs soak clean distclean model system
 

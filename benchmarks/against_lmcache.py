@@ -164,17 +164,17 @@ def memory_rows(peer: Peer, effort: Effort) -> list[Row]:
     lengths = np.full(size, chunk, dtype=np.int64)
     control = copy_arms(source, target, size, 1)["numpy"]
 
-    def copy_in(slots: Any, number: int) -> None:
-        _native.copy_batch(slots, source.addresses(source.pieces(number, size)), lengths)
+    def copy_in(slots: Any) -> None:
+        _native.copy_batch(slots, source.addresses(source.take(size)), lengths)
 
-    def copy_out(slots: Any, number: int) -> None:
-        _native.copy_batch(target.addresses(target.pieces(number, size)), slots, lengths)
+    def copy_out(slots: Any) -> None:
+        _native.copy_batch(target.addresses(target.take(size)), slots, lengths)
 
     peer("memory", chunks=source.chunks, size=size)
     tier = MemoryTier(LAYOUT, source.chunks, size)
     tier.fill(copy_in)
     rows = []
-    ours: dict[str, Arm] = {"put": lambda n: tier.put(copy_in, n), "get": lambda n: tier.get(copy_out, n)}
+    ours: dict[str, Arm] = {"put": lambda _: tier.put(copy_in), "get": lambda _: tier.get(copy_out)}
     for name, mine in ours.items():
         arms = {"ours": mine, "control": control, **{part: peer.arm(name, part=part) for part in ("legacy", "mp")}}
         rows.append(compare(f"memory {name}", "GB/s", 1e-9, effort.copy_rounds, arms))

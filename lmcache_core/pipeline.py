@@ -476,18 +476,23 @@ class Pipeline:
             self._check_open()
             slots = self.slots
             index, loads, filling = slots.index, self._loads, self._filling
-            positions = [
-                i
-                for i, key in enumerate(keys)
-                if key not in index and key not in loads and key not in filling and i >= first
-            ]
+            own: list[int] = []
+            if index.keys().isdisjoint(keys) and loads.keys().isdisjoint(keys) and filling.isdisjoint(keys):
+                positions = list(range(first, len(keys)))  # the usual case, without a look at each key
+            else:
+                positions = [
+                    i
+                    for i, key in enumerate(keys)
+                    if key not in index and key not in loads and key not in filling and i >= first
+                ]
+                if len(slots.free) < len(positions):
+                    # A prefix must not evict its own beginning.
+                    own = [index[key] for key in keys if key in index]
             if len(positions) < len(keys):
                 slots.policy.touch(keys)
             new = [keys[i] for i in positions]
             if len(set(new)) < len(new):
                 raise ValueError("the keys repeat: a prefix has each chunk once")
-            # A prefix must not evict its own beginning.
-            own = [index[key] for key in keys if key in index] if len(slots.free) < len(positions) else []
             for slot in own:
                 slots.pins[slot] += 1
             taken = self._take(len(positions))

@@ -111,10 +111,10 @@ class Slots:
 
     def publish(self, keys: Sequence[ChunkKey], slots: Sequence[int], created: int, *, sealed: bool) -> None:
         """Make taken slots ready. The keys must not be in the index."""
-        index, key_of, at, flags = self.index, self.key_of, self.created, self.sealed
+        key_of, at, flags = self.key_of, self.created, self.sealed
         mark = int(sealed)
+        self.index.update(zip(keys, slots, strict=True))
         for key, slot in zip(keys, slots, strict=True):
-            index[key] = slot
             key_of[slot] = key
             at[slot] = created
             flags[slot] = mark

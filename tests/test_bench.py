@@ -165,8 +165,9 @@ def test_arenas_rotate_through_different_memory() -> None:
     arena = Arena(CHUNK, 4 * (CHUNK + 4096))
     arena.fill()
     assert arena.chunks == 4
-    first, second = (arena.addresses(arena.pieces(batch, 2)) for batch in (0, 1))
+    first, second = (arena.addresses(arena.take(2)) for _ in range(2))
     assert len({*first, *second}) == 4 and all(address % 4096 == 0 for address in (*first, *second))
+    assert arena.addresses(arena.take(2)).tolist() == first.tolist()
     numbers = [int.from_bytes(arena.piece(i)[:8].tobytes(), "little") for i in range(4)]
     assert numbers == [0, 1, 2, 3]
 
@@ -180,9 +181,9 @@ def test_a_put_that_stores_too_little_is_no_measurement(monkeypatch: pytest.Monk
     tier = bench_tiers.MemoryTier(bench_tiers.TINY, 8, 2)
     same = [ChunkKey(bytes(32)), ChunkKey(b"1" * 32)]
     monkeypatch.setattr(bench_tiers, "fresh_keys", lambda n: same)
-    tier.put(lambda slots, number: None, 0)
+    tier.put(lambda slots: None)
     with pytest.raises(LMCacheError, match="0 of 2 chunks were stored"):
-        tier.put(lambda slots, number: None, 1)
+        tier.put(lambda slots: None)
     tier.close()
 
 

@@ -13,6 +13,11 @@ namespace {
 // lines of each in turn, so that several DRAM rows are open at once and the hardware prefetcher follows four streams.
 constexpr int64_t PAGE = 4096, SHORTEST = 4 * 256;
 
+int64_t side_of(int64_t length) {
+    const int64_t quarter = length / 4 & ~int64_t{127};
+    return quarter < PAGE ? quarter : PAGE;
+}
+
 LMC_TARGET_AVX512 void stream_avx512(char *to, const char *from, int64_t groups, int64_t side) {
     for (; groups > 0; --groups, to += 4 * side, from += 4 * side) {
         for (int64_t line = 0; line < side; line += 128) {
@@ -62,7 +67,7 @@ void copy_run(void *destination, const void *source, int64_t length, bool stream
         from += head;
         length -= head;
         while (length >= SHORTEST) {
-            const int64_t quarter = length / 4 & ~int64_t{127}, side = quarter < PAGE ? quarter : PAGE;
+            const int64_t side = side_of(length);
             const int64_t groups = length / (4 * side), done = groups * 4 * side;
             (level == LMC_AVX512 ? stream_avx512 : stream_avx2)(to, from, groups, side);
             to += done;
@@ -74,6 +79,19 @@ void copy_run(void *destination, const void *source, int64_t length, bool stream
     (void)stream;
 #endif
     memcpy(to, from, static_cast<size_t>(length));
+}
+
+void expect_run(const void *source, int64_t length) {
+#if LMC_X86
+    if (length < SHORTEST) return;
+    const auto *from = static_cast<const char *>(source);
+    const int64_t side = side_of(length);
+    for (int64_t start = 0; start < 4 * side; start += side) {
+        for (int64_t line = 0; line < 256; line += 64) _mm_prefetch(from + start + line, _MM_HINT_T0);
+    }
+#else
+    (void)source, (void)length;
+#endif
 }
 
 void stream_fence() {

@@ -14,4 +14,7 @@ constexpr int64_t STREAM_BYTES = int64_t{4} << 20;
 void copy_run(void *destination, const void *source, int64_t length, bool stream);
 void stream_fence();
 
+// Ask for the first lines of a run that copy_run will stream next: runs in random pages come unforeseen otherwise.
+void expect_run(const void *source, int64_t length);
+
 }  // namespace lmc

@@ -50,6 +50,11 @@ extern "C" int64_t lmc_copy_pages(const lmc_part *parts, int64_t part_count, int
                 for (int64_t b = 0; b < blocks; ++b) {
                     const int64_t id = block_ids[chunk * blocks + b];
                     if (id < 0) continue;
+                    const int64_t next = stream && to_slots && b + 1 < blocks ? block_ids[chunk * blocks + b + 1] : -1;
+                    if (next >= 0) {
+                        lmc::expect_run(reinterpret_cast<char *>(part.bases[layer] + next * part.block_stride),
+                                        nests[p].run);
+                    }
                     auto *in_page = reinterpret_cast<char *>(part.bases[layer] + id * part.block_stride);
                     auto *in_slot = reinterpret_cast<char *>(slot + b * part.slot_block_stride);
                     lmc::copy_nest(nests[p], to_slots ? in_slot : in_page, to_slots ? in_page : in_slot, stream);

@@ -133,7 +133,7 @@ class FileVolume:
                 at = self.folder.fd.number
                 with contextlib.suppress(FileNotFoundError):  # another process is clearing
                     os.rename(_OBJECTS, f"{_TRASH}{secrets.token_hex(8)}", src_dir_fd=at, dst_dir_fd=at)
-                os.fsync(at)
+                self.folder.sync(self._temporary)
                 killpoint("clear.renamed")
                 for name in os.listdir(self._temporary.number):
                     self.folder.unlink(name, self._temporary)

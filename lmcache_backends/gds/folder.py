@@ -124,6 +124,18 @@ class Folder:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=(within or self.fd).number)
 
+    def sync(self, within: Fd | None = None) -> None:
+        """Make what was unlinked and renamed in the directory last through a power cut. Raise `OSError`."""
+        os.fsync(self.fd.number)
+        # An xfs that has shut itself down says yes to that and forgets; a file, here or in `within`, cannot be synced.
+        name = _probe_name()
+        try:
+            fd = self.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, within)
+            os.fsync(fd.number)
+        finally:
+            with contextlib.suppress(OSError):
+                self.unlink(name, within)
+
     def free_bytes(self) -> int:
         """Bytes the file system has left for unprivileged users."""
         info = os.fstatvfs(self.fd.number)
@@ -143,7 +155,7 @@ class Folder:
         """
         if io == "buffered":
             return 0
-        name = f"probe-{secrets.token_hex(8)}.tmp"
+        name = _probe_name()
         try:
             fd = self.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, within)
             with mmap.mmap(-1, PAGE) as page:
@@ -162,6 +174,10 @@ class Folder:
             with contextlib.suppress(OSError):  # on a read-only file system it was never made
                 self.unlink(name, within)
         return os.O_DIRECT
+
+
+def _probe_name() -> str:
+    return f"probe-{secrets.token_hex(8)}.tmp"
 
 
 def _why_not(path: Path, error: OSError) -> str:

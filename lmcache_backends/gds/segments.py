@@ -179,7 +179,7 @@ class SegmentVolume:
                     self.folder.unlink(segment.name)
                     killpoint("clear.unlinked")
                 self._journal.rewrite([])
-                os.fsync(self.folder.fd.number)
+                self.folder.sync()
             except OSError as error:
                 self.stale = True
                 raise BackendError(f"{self.folder.path} is not cleared: {error}") from error

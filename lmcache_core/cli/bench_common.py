@@ -147,6 +147,7 @@ class Arena:
         offsets = np.arange(self.chunks, dtype=np.int64) * self._stride + (self._stride - round_up(chunk_bytes))
         self._offsets = offsets
         self._address = region.address
+        self._at = 0
 
     def fill(self) -> None:
         """Random bytes; each piece begins with its own number."""
@@ -157,9 +158,11 @@ class Arena:
         for number, offset in enumerate(self._offsets):
             self.bytes[offset : offset + 8] = np.frombuffer(number.to_bytes(8, "little"), dtype=np.uint8)
 
-    def pieces(self, batch: int, size: int) -> NDArray[np.int64]:
-        """Numbers of the `size` pieces of the given batch; batches rotate through the arena."""
-        return (np.arange(size, dtype=np.int64) + batch * size) % self.chunks
+    def take(self, size: int) -> NDArray[np.int64]:
+        """Numbers of the next `size` pieces in rotation: whoever takes them, they are those that were idle longest."""
+        taken = (np.arange(size, dtype=np.int64) + self._at) % self.chunks
+        self._at += size
+        return taken
 
     def addresses(self, pieces: NDArray[np.int64]) -> NDArray[np.int64]:
         """Byte addresses of pieces."""
@@ -176,13 +179,15 @@ def copy_arms(source: Arena, target: Arena, size: int, threads: int) -> dict[str
     lengths = np.full(size, source.chunk_bytes, dtype=np.int64)
     nbytes = size * source.chunk_bytes
 
-    def native(number: int) -> float:
-        pieces = source.pieces(number, size)
-        to, at = target.addresses(pieces), source.addresses(pieces)
+    def native(_: int) -> float:
+        to, at = target.addresses(target.take(size)), source.addresses(source.take(size))
         return nbytes / seconds_of(lambda: _native.copy_batch(to, at, lengths, threads))
 
-    def libc(number: int) -> float:
-        pairs = [(target.piece(int(i)), source.piece(int(i))) for i in source.pieces(number, size)]
+    def libc(_: int) -> float:
+        pairs = [
+            (target.piece(int(to)), source.piece(int(at)))
+            for to, at in zip(target.take(size), source.take(size), strict=True)
+        ]
 
         def copy() -> None:
             for to, at in pairs:

@@ -35,8 +35,8 @@ from lmcache_core.types import ChunkKey, object_bytes, round_up
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Copy = Callable[[NDArray[np.int64], int], None]
-    """Copy one batch between slots at the given addresses and the engine's side of the given round."""
+    Copy = Callable[[NDArray[np.int64]], None]
+    """Copy one batch between slots at the given addresses and the engine's side."""
 
 TOKENS = 128 * 1024
 LOOKUP = 1000
@@ -56,12 +56,12 @@ class MemoryTier:
         self._pipeline = pipeline_of(layout, self._room * size)
         self._idle: deque[list[ChunkKey]] = deque()
 
-    def put(self, copy: Copy, number: int) -> float:
+    def put(self, copy: Copy) -> float:
         """Reserve, copy in, commit; bytes per second."""
         keys = fresh_keys(self.size)
         begun = perf_counter()
         with self._pipeline.reserve(keys) as room:
-            copy(room.addresses, number)
+            copy(room.addresses)
             stored = room.commit()
         seconds = perf_counter() - begun
         if stored != self.size:
@@ -71,13 +71,13 @@ class MemoryTier:
         self._idle.append(keys)
         return self._nbytes / seconds
 
-    def get(self, copy: Copy, number: int) -> float:
+    def get(self, copy: Copy) -> float:
         """Fetch, copy out, release; bytes per second."""
         keys = self._idle.popleft()
         self._idle.append(keys)
         begun = perf_counter()
         with self._pipeline.fetch(keys).result() as lease:
-            copy(lease.addresses, number)
+            copy(lease.addresses)
         seconds = perf_counter() - begun
         if len(lease) != self.size:
             raise LMCacheError(f"{len(lease)} of {self.size} chunks were found: the measurement is void")
@@ -85,8 +85,8 @@ class MemoryTier:
 
     def fill(self, copy: Copy) -> None:
         """Put until the next put must evict."""
-        for number in range(self._room):
-            self.put(copy, number)
+        for _ in range(self._room):
+            self.put(copy)
 
     @property
     def batches(self) -> int:
@@ -106,21 +106,21 @@ def measure_copies(layout: KVLayout, effort: Effort, threads: int = 1) -> dict[s
     size = max(1, min(effort.copy_batch // chunk, source.chunks // 2))
     lengths = np.full(size, chunk, dtype=np.int64)
 
-    def copy_in(slots: NDArray[np.int64], number: int) -> None:
-        _native.copy_batch(slots, source.addresses(source.pieces(number, size)), lengths, threads)
+    def copy_in(slots: NDArray[np.int64]) -> None:
+        _native.copy_batch(slots, source.addresses(source.take(size)), lengths, threads)
 
-    def copy_out(slots: NDArray[np.int64], number: int) -> None:
-        _native.copy_batch(target.addresses(target.pieces(number, size)), slots, lengths, threads)
+    def copy_out(slots: NDArray[np.int64]) -> None:
+        _native.copy_batch(target.addresses(target.take(size)), slots, lengths, threads)
 
     controls = copy_arms(source, target, size, threads)
     names = list(controls)
     tier = MemoryTier(layout, source.chunks, size)
     tier.fill(copy_in)
-    arms: dict[str, Arm] = {**controls, "put": lambda n: tier.put(copy_in, n), "get": lambda n: tier.get(copy_out, n)}
+    arms: dict[str, Arm] = {**controls, "put": lambda _: tier.put(copy_in), "get": lambda _: tier.get(copy_out)}
     if layout.num_layers > 1:
         gather, scatter = _paged(layout, source, size, threads), _paged(layout, target, size, threads)
-        arms["gather"] = lambda n: tier.put(gather.gather, n)
-        arms["scatter"] = lambda n: tier.get(scatter.scatter, n)
+        arms["gather"] = lambda _: tier.put(gather.gather)
+        arms["scatter"] = lambda _: tier.get(scatter.scatter)
     rates = interleave(arms, effort.copy_rounds)
     tier.close()
     ratios = {name: Ratio.of(rates, name, names) for name in arms if name not in names}
@@ -135,7 +135,7 @@ def _measure_cold(
     rates: dict[str, list[float]] = {}
     for _ in range(effort.cold_builds):
         tier = MemoryTier(layout, slots, size)
-        arms: dict[str, Arm] = {**controls, "cold": lambda n, tier=tier: tier.put(copy_in, n)}  # type: ignore[misc]
+        arms: dict[str, Arm] = {**controls, "cold": lambda _, tier=tier: tier.put(copy_in)}  # type: ignore[misc]
         for name, found in interleave(arms, tier.batches).items():
             rates.setdefault(name, []).extend(found)
         tier.close()
@@ -145,23 +145,20 @@ def _measure_cold(
 class _Pages:
     """An engine's paged KV in an arena: NHD blocks of 16 tokens, K and V of each layer in tensors of their own."""
 
-    def __init__(self, paged: PagedKV, chunks: int, blocks: int, size: int) -> None:
+    def __init__(self, paged: PagedKV, arena: Arena, blocks: int, size: int) -> None:
         self._paged = paged
+        self._arena = arena
         self._size = size
-        self._chunks = chunks
         # Requests own scattered blocks: a fixed random permutation.
-        self._ids = np.random.default_rng(1).permutation(chunks * blocks).reshape(chunks, blocks)
+        self._ids = np.random.default_rng(1).permutation(arena.chunks * blocks).reshape(arena.chunks, blocks)
 
-    def _of(self, number: int) -> NDArray[np.int64]:
-        return self._ids[(np.arange(self._size) + number * self._size) % self._chunks]
-
-    def gather(self, slots: NDArray[np.int64], number: int) -> None:
+    def gather(self, slots: NDArray[np.int64]) -> None:
         """Pages to slots."""
-        self._paged.gather(self._of(number), slots)
+        self._paged.gather(self._ids[self._arena.take(self._size)], slots)
 
-    def scatter(self, slots: NDArray[np.int64], number: int) -> None:
+    def scatter(self, slots: NDArray[np.int64]) -> None:
         """Slots to pages."""
-        self._paged.scatter(self._of(number), slots)
+        self._paged.scatter(self._ids[self._arena.take(self._size)], slots)
 
 
 def _paged(layout: KVLayout, arena: Arena, size: int, threads: int) -> _Pages:
@@ -177,7 +174,7 @@ def _paged(layout: KVLayout, arena: Arena, size: int, threads: int) -> _Pages:
         threads=threads,
         owner=arena,
     )
-    return _Pages(paged, chunks, blocked.blocks, size)
+    return _Pages(paged, arena, blocked.blocks, size)
 
 
 def measure_control(effort: Effort) -> dict[str, dict[str, float]]:

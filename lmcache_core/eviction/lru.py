@@ -24,8 +24,10 @@ class Lru(EvictionPolicy):
     def add(self, keys: Sequence[ChunkKey]) -> None:
         order = self._order
         for key in reversed(keys):
-            order[key] = None
-            order.move_to_end(key)
+            if key in order:
+                order.move_to_end(key)
+            else:
+                order[key] = None
 
     def touch(self, keys: Sequence[ChunkKey]) -> None:
         order = self._order

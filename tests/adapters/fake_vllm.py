@@ -6,6 +6,8 @@ page is compared with that function, so one wrong byte in any load is found wher
 
 from __future__ import annotations
 
+import itertools
+import random
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,7 @@ from lmcache_core.layout import KVLayout
 from lmcache_core.pipeline import Pipeline
 from lmcache_core.protocols import StorageBackend
 from lmcache_core.slots import Slots
+from lmcache_core.testing.invariants import settle
 from lmcache_core.tier import StorageTier
 from lmcache_core.types import ChunkKey, Got, Put, object_bytes, round_up
 
@@ -506,3 +509,35 @@ class FakeEngine:
                 del self.requests[request_id]
             else:
                 self.received.add(request_id)
+
+
+MODES: list[dict[str, bool]] = [{}, {"overlap": True}, {"asynchronous": True}]
+"""Loads polled into a step, overlapped when they need reading, always asynchronous."""
+
+_ids = itertools.count()
+
+
+def tokens(count: int, seed: float = 0) -> list[int]:
+    return random.Random(seed).choices(range(90), k=count)
+
+
+def ask(engine: FakeEngine, prompt: list[int], max_new: int = 3, **more: object) -> FakeRequest:
+    """Run one request to its end and compare its answer with an engine that has no cache."""
+    request = engine.add(FakeRequest(f"r{next(_ids)}", prompt, max_new, **more))
+    engine.run()
+    assert request.output == answer(prompt, max_new, request.salt)
+    assert engine.connector is not None
+    assert not engine.connector.disabled
+    return request
+
+
+def fill(storage: DictStorage, *prompts: list[int]) -> list[ChunkKey]:
+    """A first lifetime that leaves the prompts in `storage`; the keys it stored, in order."""
+    pipeline = make_pipeline(64, storage)
+    engine = FakeEngine(pipeline)
+    for prompt in prompts:
+        ask(engine, prompt)
+    settle(pipeline)
+    keys = list(pipeline.slots.index)
+    pipeline.close()
+    return keys

@@ -100,6 +100,7 @@ class Engine:
     def books(self) -> dict[str, Any]:
         """Flush, check that nothing is held, and return the counters."""
         scheduler = self.connector._scheduler
+        assert not scheduler.disabled
         pipeline = scheduler.pipeline
         assert pipeline.flush(30)
         pipeline.check(idle=True)
@@ -287,11 +288,11 @@ def real(model: Path, work: Path) -> dict[str, Any]:
     """Cold, warm and after a restart on a real model, against a run whose own prefix cache holds the same tokens."""
     from transformers import AutoTokenizer
 
+    from lmcache_core.cli.demo_common import document_text
+
     tokenizer = AutoTokenizer.from_pretrained(model)
-    text = Path(__file__).with_name("vllm_text.txt")
-    source = text.read_text(encoding="utf-8") if text.exists() else Path(__file__).read_text(encoding="utf-8") * 8
-    document = tokenizer(source, verbose=False)["input_ids"]
-    tails = [tokenizer(q)["input_ids"] for q in ("\nIn short, this program", "\nThe first function above", "\nHere is")]
+    document = tokenizer(document_text(None), verbose=False)["input_ids"]
+    tails = [tokenizer(q)["input_ids"] for q in ("\nIn short, this text", "\nThe President shall", "\nHere is")]
     prompts = [document[: 8 * CHUNK] + tail for tail in tails]
     assert len(document) >= 8 * CHUNK
     found: dict[str, Any] = {"prefix": 8 * CHUNK}

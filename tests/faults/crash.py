@@ -21,7 +21,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from faults.disk import Disk, du, key_of, open_object, put_object, size_of
@@ -152,7 +152,9 @@ class Options:
 class Worker:
     """What a child does with the store."""
 
-    def __init__(self, path: Path, expected: Expected, options: Options, seed: int) -> None:
+    def __init__(self, path: Path, expected: Expected, options: Options, seed: int, favour: str = "") -> None:
+        """`favour` is a named point that would otherwise hardly be met: what leads there is done more often."""
+        self.favour = favour
         self.path = path
         self.expected = expected
         self.options = options
@@ -228,7 +230,11 @@ class Worker:
         while steps is None or steps > 0:
             steps = None if steps is None else steps - 1
             draw = rng.random()
-            if draw < 0.5:
+            if self.favour.startswith("clear") and alone and draw < 0.2:
+                self._clear()
+            elif self.favour.endswith("reassign") and draw < 0.2:
+                self._delete(list(keys))  # leaves segments empty, and what comes next has other sizes
+            elif draw < 0.5:
                 self._put(rng.sample(keys, rng.randint(1, 6)), buffers)
             elif draw < 0.75:
                 self._get(rng.sample(keys, rng.randint(1, 6)), buffers)
@@ -301,6 +307,8 @@ class Crashes:
         """One life and death. With `point` the child dies there; False when it was never reached in that time."""
         rng = self.rng
         options = Options.draw(rng, mode)
+        if point.startswith("clear"):
+            options = replace(options, threads=1)
         expected = self.expected[mode]
         path = self.home / mode
         if mode == "segments" and rng.random() < 0.05:
@@ -318,7 +326,7 @@ class Crashes:
         expected.verified = False
 
         def live(ready: int) -> None:
-            worker = Worker(path, expected, options, seed)
+            worker = Worker(path, expected, options, seed, favour=point)
             worker.verify(lossy=lossy, torn_is_fine=rumours)
             os.write(ready, b"r")
             killpoint.arm(f"{point}:{1 + seed % 3}" if point else "")

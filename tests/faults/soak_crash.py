@@ -33,7 +33,7 @@ def kills(home: Path, cycles: int, seed: int, show: bool) -> Counter[str]:
         died = crashes.cycle(mode, point)
         if point:
             # A point that is hard to reach is tried more often than others, but not for ever.
-            deaths[mode][point] += 2 if died else 1
+            deaths[mode][point] += 4 if died else 3
         _progress(show, cycle, cycles, crashes.counts)
     return crashes.counts
 
