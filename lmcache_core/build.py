@@ -234,8 +234,8 @@ def _tier(
             capacity=config.capacity,
             threads=lane.threads,
             queue=lane.queue,
-            # Queued writes pin slots: never more than half of memory for one tier.
-            inflight=min(lane.inflight, slots.region.nbytes // 2),
+            # Queued writes pin slots: never more than a quarter of memory for one tier.
+            inflight=min(lane.inflight, slots.region.nbytes // 4),
             deadline=lane.deadline,
             staging=staging,
         )

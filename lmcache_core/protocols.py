@@ -226,6 +226,11 @@ class EvictionPolicy(ABC):
     def remove(self, key: ChunkKey) -> None:
         """Forget a key; unknown keys are ignored."""
 
+    def remove_all(self, keys: Sequence[ChunkKey]) -> None:
+        """Forget keys, as `remove` does each: every store into a full tier evicts a batch."""
+        for key in keys:
+            self.remove(key)
+
     @abstractmethod
     def coldest(self) -> Iterator[ChunkKey]:
         """Keys, coldest first. The caller stops early and does not change the policy while iterating."""

@@ -82,39 +82,42 @@ class Slots:
         return taken
 
     def _evict(self, want: int) -> None:
-        victims: list[tuple[ChunkKey, int]] = []
+        victims: list[ChunkKey] = []
+        slots: list[int] = []
         kept: list[ChunkKey] = []
         index, pins, dirty = self.index, self.pins, self.dirty
         for key in islice(self.policy.coldest(), _SCAN + want):
             slot = index[key]
-            if not pins[slot] and slot not in dirty:
-                victims.append((key, slot))
-                if len(victims) == want:
-                    break
-            else:
+            if pins[slot] or slot in dirty:
                 kept.append(key)
+                continue
+            victims.append(key)
+            slots.append(slot)
+            if len(slots) == want:
+                break
         if len(kept) >= _SCAN:
             # Held for long, perhaps by a hung tier: out of the way of the next eviction.
             kept.reverse()
             self.policy.touch(kept)
-        # Inline `drop`: eviction is on the path of every store into a full memory.
-        key_of, sealed, free, remove = self.key_of, self.sealed, self.free, self.policy.remove
-        for key, slot in victims:
+        # `drop` for all of them at once: eviction is on the path of every store into a full memory.
+        self.policy.remove_all(victims)
+        key_of, sealed = self.key_of, self.sealed
+        for key, slot in zip(victims, slots, strict=True):
             del index[key]
-            remove(key)
             key_of[slot] = None
             sealed[slot] = 0
-            if self._poison:
+        if self._poison:
+            for slot in slots:
                 self._scrub(slot)
-            free.append(slot)
-        self.evicted += len(victims)
+        self.free.extend(slots)
+        self.evicted += len(slots)
 
     def publish(self, keys: Sequence[ChunkKey], slots: Sequence[int], created: int, *, sealed: bool) -> None:
         """Make taken slots ready. The keys must not be in the index."""
-        key_of, at, flags = self.key_of, self.created, self.sealed
+        index, key_of, at, flags = self.index, self.key_of, self.created, self.sealed
         mark = int(sealed)
-        self.index.update(zip(keys, slots, strict=True))
         for key, slot in zip(keys, slots, strict=True):
+            index[key] = slot
             key_of[slot] = key
             at[slot] = created
             flags[slot] = mark

@@ -107,7 +107,7 @@ class LaneConfig(Frozen):
     queue: Annotated[int, Field(ge=1, le=65536), _WHOLE] = 64
     """Batches that may wait. A full queue drops new work and counts it; the engine never waits."""
     inflight: Annotated[ByteSize, Field(gt=0)] = 1 << 30
-    """Bytes of queued and running writes together, which pin their slots; at most half of memory in any case."""
+    """Bytes of queued and running writes together, which pin their slots; at most a quarter of memory in any case."""
     deadline: Annotated[Seconds, Field(gt=0, le=3600)] = 5.0
     """Longest wait for one batch; later it is a miss."""
 

@@ -24,20 +24,28 @@ class Lru(EvictionPolicy):
     def add(self, keys: Sequence[ChunkKey]) -> None:
         order = self._order
         for key in reversed(keys):
-            if key in order:
-                order.move_to_end(key)
-            else:
-                order[key] = None
+            order[key] = None
+            order.move_to_end(key)
 
     def touch(self, keys: Sequence[ChunkKey]) -> None:
         order = self._order
         move = order.move_to_end
-        for key in reversed(keys):
-            if key in order:
+        try:
+            for key in reversed(keys):
                 move(key)
+        except KeyError:
+            for key in reversed(keys):
+                if key in order:
+                    move(key)
 
     def remove(self, key: ChunkKey) -> None:
         self._order.pop(key, None)
+
+    def remove_all(self, keys: Sequence[ChunkKey]) -> None:
+        order = self._order
+        for key in keys:
+            if key in order:
+                del order[key]
 
     def coldest(self) -> Iterator[ChunkKey]:
         return iter(self._order)

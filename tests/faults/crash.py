@@ -309,6 +309,8 @@ class Crashes:
         options = Options.draw(rng, mode)
         if point.startswith("clear"):
             options = replace(options, threads=1)
+        elif point.endswith("reassign"):
+            options = replace(options, capacity=16 * SLOT + (256 << 10))  # soon full
         expected = self.expected[mode]
         path = self.home / mode
         if mode == "segments" and rng.random() < 0.05:
