@@ -21,8 +21,14 @@ def locate(start: int, count: int, here: Sequence[bool], tiers: Sequence[Sequenc
     tier `t` has it, nearest tier first. Return the length of the present prefix and the moves, nearest tier first.
     """
     moves: dict[int, Move] = {}
-    position = start
-    for position in range(start, count):
+    first = start
+    if tiers and not any(here):
+        # The usual case, without a look at each chunk: the nearest tier has a run of them.
+        present = tiers[0]
+        first += present.index(False) if False in present else count - start
+        if first > start:
+            moves[0] = Move(0, list(range(start, first)))
+    for position in range(first, count):
         i = position - start
         if here[i]:
             continue

@@ -218,10 +218,13 @@ def test_the_disk_of_the_demo_is_removed_afterwards(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setitem(demo.ENGINES, "transformers", run)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    home = tmp_path / "cache" / "lmcache-core"
+    (home / "demo-999999999-dead").mkdir(parents=True)  # no process has that number
+    (home / "demo-1-alive").mkdir()
     (tmp_path / "config.json").write_text("{}")
     assert main(["demo", "--model", str(tmp_path)]) == 1
-    assert seen[0].is_relative_to(tmp_path / "cache")
-    assert not seen[0].exists()
+    assert seen[0].parent == home
+    assert [path.name for path in home.iterdir()] == ["demo-1-alive"]
 
 
 def test_a_wrong_size_is_told_before_a_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,14 +116,18 @@ def measure_copies(layout: KVLayout, effort: Effort, threads: int = 1) -> dict[s
     names = list(controls)
     tier = MemoryTier(layout, source.chunks, size)
     tier.fill(copy_in)
-    arms: dict[str, Arm] = {**controls, "put": lambda _: tier.put(copy_in), "get": lambda _: tier.get(copy_out)}
+    puts: dict[str, Arm] = {"put": lambda _: tier.put(copy_in)}
+    gets: dict[str, Arm] = {"get": lambda _: tier.get(copy_out)}
     if layout.num_layers > 1:
         gather, scatter = _paged(layout, source, size, threads), _paged(layout, target, size, threads)
-        arms["gather"] = lambda _: tier.put(gather.gather)
-        arms["scatter"] = lambda _: tier.get(scatter.scatter)
-    rates = interleave(arms, effort.copy_rounds)
+        puts["gather"] = lambda _: tier.put(gather.gather)
+        gets["scatter"] = lambda _: tier.get(scatter.scatter)
+    ratios: dict[str, Ratio] = {}
+    # Apart from each other: a put into slots that a get has just read finds them in the cache.
+    for arms in (puts, gets):
+        rates = interleave({**controls, **arms}, effort.copy_rounds)
+        ratios |= {name: Ratio.of(rates, name, names) for name in arms}
     tier.close()
-    ratios = {name: Ratio.of(rates, name, names) for name in arms if name not in names}
     ratios["cold"] = _measure_cold(layout, effort, controls, copy_in, size, source.chunks)
     return ratios
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     """Tell the story. 0 when all answers were equal to the control's, else 1."""
     report = Report(Console(stderr=True, highlight=False))
     model = resolve(args.model, default_directory(), report)
-    work = args.work or Path(tempfile.mkdtemp(prefix="demo-", dir=_scratch()))
+    work = args.work or _scratch()
     work.mkdir(parents=True, exist_ok=True)
     options = DemoOptions(
         model=model,
@@ -100,10 +101,13 @@ def _positive(text: str) -> int:
 
 
 def _scratch() -> Path:
-    """A directory on a disk: temporary directories are often memory."""
-    path = default_directory().parent
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    """A new directory on a disk (temporary directories are often memory). What killed runs left there is removed."""
+    home = default_directory().parent
+    home.mkdir(parents=True, exist_ok=True)
+    for litter in home.glob("demo-*-*"):
+        if not Path("/proc", litter.name.split("-")[1]).exists():
+            shutil.rmtree(litter, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"demo-{os.getpid()}-", dir=home))
 
 
 def machine() -> str:
