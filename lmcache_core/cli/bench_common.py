@@ -70,7 +70,7 @@ def effort(quick: bool) -> Effort:
     full = Effort(span, disk_batch=min(Effort.disk_batch, share))
     if not quick:
         return full
-    return replace(full, copy_rounds=24, cold_builds=2, disk_turn=0.8, disk_finalists=1, disk_rounds=5, small_rounds=40)
+    return replace(full, copy_rounds=16, cold_builds=2, disk_turn=0.6, disk_finalists=1, disk_rounds=5, small_rounds=40)
 
 
 def last_level_cache() -> int:
@@ -175,7 +175,8 @@ class Arena:
 
 
 def copy_arms(source: Arena, target: Arena, size: int, threads: int) -> dict[str, Arm]:
-    """The controls of every copy: a plain memcpy of the same chunks, by NumPy and by the project's own library."""
+    """The control of every copy: memcpy of the same chunks as NumPy calls it; with several threads, the project's own
+    `copy_batch`, since memcpy has one."""
     lengths = np.full(size, source.chunk_bytes, dtype=np.int64)
     nbytes = size * source.chunk_bytes
 
@@ -195,10 +196,7 @@ def copy_arms(source: Arena, target: Arena, size: int, threads: int) -> dict[str
 
         return nbytes / seconds_of(copy)
 
-    arms: dict[str, Arm] = {"copy_batch": native}
-    if threads == 1:
-        arms["numpy"] = libc
-    return arms
+    return {"memcpy": libc} if threads == 1 else {"copy_batch": native}
 
 
 _numbers = count(1)
