@@ -129,8 +129,8 @@ bench-docs: install $(PEER)/.installed
 	PEER_PYTHON=$(PEER)/bin/python $(BIN)/python benchmarks/run.py $(ARGS)
 
 soak: install
-	cd tests && $(BIN)/python -m faults.soak_crash kills --cycles 10000 $(ARGS)
-	cd tests && $(BIN)/python -m faults.soak_crash cuts --cycles 600 $(ARGS)
+	cd tests && $(abspath $(BIN))/python -m faults.soak_crash kills --cycles 10000 $(ARGS)
+	cd tests && $(abspath $(BIN))/python -m faults.soak_crash cuts --cycles 600 $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

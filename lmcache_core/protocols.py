@@ -182,7 +182,7 @@ class Serde(ABC):
     @property
     @abstractmethod
     def codec(self) -> str:
-        """Name of the encoding written into each object, <= 32 ASCII bytes; changes whenever the bytes' meaning does."""
+        """Name of the encoding in each object, <= 32 ASCII bytes; changes whenever the meaning of the bytes does."""
 
     @abstractmethod
     def bound(self) -> int:
