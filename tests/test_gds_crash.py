@@ -53,7 +53,7 @@ def test_a_thousand_kills(tmp_path: Path) -> None:
 def test_power_cuts(tmp_path: Path, kind: str, options: str) -> None:
     """Anything may be lost, nothing may be wrong; and torn objects must have been seen, else nothing was tested."""
     with disk(tmp_path, kind, options=options) as medium:
-        cuts = Cuts(medium, SEED)
+        cuts = Cuts(medium, SEED, stale_blocks="data=writeback" in options)
         for cycle in range(60):
             cuts.cycle(MODES[cycle % 2])
             if cycle >= 16 and cuts.counts["torn"] >= 20:

@@ -1,7 +1,7 @@
 """Stock vLLM on a real model: greedy answers are equal with the cache off, cold, warm and after a restart.
 
 Compared at equal computation: the control is a run whose own prefix cache holds the same tokens. Needs a model: the
-directory in `LMCACHE_TEST_MODEL`, or the one that `lmcachectl demo` has fetched.
+directory in `LMCACHE_TEST_MODEL`, or the one that `make install` or `lmcachectl demo` has fetched.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from test_vllm_engine import lifetimes, loaded, same
 
 from lmcache_core.cli.model import NAME, default_directory
 
-MODEL = Path(os.environ.get("LMCACHE_TEST_MODEL") or default_directory() / NAME)
+CHECKOUT = Path(__file__).parents[2] / ".models" / NAME  # where `make install` puts it
+MODEL = Path(os.environ.get("LMCACHE_TEST_MODEL") or (CHECKOUT if CHECKOUT.is_dir() else default_directory() / NAME))
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
     pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason=f"no model in {MODEL}: set LMCACHE_TEST_MODEL"),
