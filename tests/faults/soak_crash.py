@@ -45,7 +45,7 @@ def cuts(home: Path, cycles: int, seed: int, show: bool) -> Counter[str]:
     counts: Counter[str] = Counter()
     for kind, options, share in FILE_SYSTEMS:
         with disk(home, kind, options=options) as medium:
-            run = Cuts(medium, seed)
+            run = Cuts(medium, seed, stale_blocks="data=writeback" in options)
             for cycle in range(cycles * share // 4):
                 run.cycle(MODES[cycle % 2])
                 _progress(show, cycle, cycles * share // 4, run.counts)
