@@ -162,7 +162,7 @@ def memory_rows(peer: Peer, effort: Effort) -> list[Row]:
     source.fill()
     size = max(1, min(effort.copy_batch // chunk, source.chunks // 2))
     lengths = np.full(size, chunk, dtype=np.int64)
-    control = copy_arms(source, target, size, 1)["numpy"]
+    control = copy_arms(source, target, size, 1)["memcpy"]
 
     def copy_in(slots: Any) -> None:
         _native.copy_batch(slots, source.addresses(source.take(size)), lengths)
