@@ -303,23 +303,29 @@ def small_rows(peer: Peer, effort: Effort) -> list[Row]:
 
 
 def disk_rows(peer: Peer, effort: Effort, directory: Path) -> list[Row]:
-    """Put and get of 32 MiB chunks; both sides with direct I/O, theirs without checksums."""
+    """Put and get of 32 MiB chunks, like beside like: direct I/O, and writes into the page cache. Theirs has no checksums."""
     stored = round_up(object_bytes(LAYOUT.chunk_bytes))
     size = max(2, effort.disk_batch // LAYOUT.chunk_bytes)
     source = Arena(LAYOUT.chunk_bytes, size * stored)
     source.fill()
-    tier = DiskTier(LAYOUT, directory / "ours", size, source)
     peer("disk", directory=str(directory / "theirs"), chunks=size)
     turn = effort.disk_turn
-    arms: dict[str, Arm] = {
-        "ours": lambda _: tier.put(turn),
-        "legacy": peer.arm("put", part="direct", seconds=turn),
-        "legacy, buffered": peer.arm("put", part="buffered", seconds=turn),
-    }
-    rows = [compare("disk put", "GB/s", 1e-9, effort.disk_rounds, arms)]
-    arms = {"ours": lambda _: tier.get(turn), "legacy": peer.arm("get", part="direct", seconds=turn)}
-    rows.append(compare("disk get", "GB/s", 1e-9, effort.disk_rounds, arms))
-    tier.close()
+    rows = []
+    for io in ("direct", "buffered"):
+        tier = DiskTier(LAYOUT, directory / io, size, source, io)
+        arms: dict[str, Arm] = {
+            "ours": lambda _, tier=tier: tier.put(turn),
+            "legacy": peer.arm("put", part=io, seconds=turn),
+        }
+        what = "direct I/O" if io == "direct" else "into the page cache"
+        rows.append(compare(f"disk put, {what}", "GB/s", 1e-9, effort.disk_rounds, arms))
+        if io == "direct":
+            arms = {
+                "ours": lambda _, tier=tier: tier.get(turn),
+                "legacy": peer.arm("get", part=io, seconds=turn),
+            }
+            rows.append(compare("disk get, direct I/O", "GB/s", 1e-9, effort.disk_rounds, arms))
+        tier.close()
     return rows
 
 

@@ -62,10 +62,13 @@ def as_int32(tokens: Tokens) -> NDArray[np.int32]:
 
 
 def _from_integers(tokens: Iterable[int]) -> NDArray[np.int32]:
-    # array("I") converts Python integers 3-6x faster than NumPy, and refuses floats and negative ones instead of
-    # rounding and wrapping them. Ids that need the 32nd bit come out negative, for the caller to refuse.
+    # array("I") converts Python integers 5x faster than NumPy, most of all from a list in one piece, and refuses floats
+    # and negative ones instead of rounding and wrapping them. Ids that need the 32nd bit come out negative, for the
+    # caller to refuse.
+    ids = array("I")
     try:
-        return np.asarray(array("I", tokens)).view(np.int32)
+        ids.fromlist(tokens if isinstance(tokens, list) else list(tokens))
+        return np.asarray(ids).view(np.int32)
     except (OverflowError, TypeError) as error:
         raise ValueError(f"token ids must be integers in [0, 2**31): {error}") from None
 

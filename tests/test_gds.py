@@ -406,6 +406,29 @@ def test_a_journal_of_another_generation_is_not_believed(tmp_path: Path) -> None
     assert loaded(folder) is None
 
 
+def test_a_record_of_a_segment_that_was_replaced_is_not_believed(
+    store: Callable[..., DiskBackend], tmp_path: Path
+) -> None:
+    """A segment file that was dropped and made anew has its number again, but nothing of what it held."""
+    backend = store(segment_bytes=PAGE + 4 * SLOT)
+    assert put(backend, 0) == [None]
+    backend.close()
+    file = tmp_path / "kv/journal"
+    generations: list[int] = []
+    for step in (0, 1):
+        journal_of = journal.Journal(Folder(tmp_path / "kv"), 0, 1 << 16)
+        records = list(journal_of.load() or ())
+        (_, generation, segment, _, word) = records[0]
+        generations.append(generation)
+        other = record(Kind.PUT, key_of(50 + step), generation + 1 - step, segment, 1 + step, word & ((1 << 56) - 1))
+        journal_of.append([other])
+    del journal_of
+    backend = store(segment_bytes=PAGE + 4 * SLOT)
+    # The second record is right in everything, which shows that only its generation keeps the first one out.
+    assert backend.contains([key_of(0), key_of(50), key_of(51)]) == [True, False, True]
+    assert generations[0] == generations[1] and file.exists()
+
+
 @pytest.mark.parametrize("damage", ["missing", "empty", "zeros", "noise", "hole", "segment gone", "stale"])
 def test_recovery_without_a_good_journal(
     store: Callable[..., DiskBackend], tmp_path: Path, buffer: memoryview, damage: str
