@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 VLLM   ?= cpu
 VLLM_VERSION := 0.32.0
 # Programs the disk tests and benchmarks use; without them those tests skip and say so.
-SYSTEM_TOOLS := fio xfsprogs e2fsprogs
+SYSTEM_TOOLS := fio xfsprogs e2fsprogs redis-server redis-tools libibverbs1 libnuma1 libcurl4
 # More arguments for what is run: make demo ARGS="--tokens 2048", make test ARGS="-k keys".
 ARGS   ?=
 
@@ -81,7 +81,8 @@ $(MODEL)/config.json: | $(STAMPS)/demo
 model: $(MODEL)/config.json
 
 system:
-	@missing=; for tool in fio mkfs.xfs mkfs.ext4; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	@missing=; for tool in fio mkfs.xfs mkfs.ext4 redis-server redis-benchmark; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	for library in libibverbs.so.1 libnuma.so.1 libcurl.so.4; do PATH="$$PATH:/sbin:/usr/sbin" ldconfig -p | grep -q "$$library" || missing="$$missing $$library"; done; \
 	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "installing $(SYSTEM_TOOLS) ..."; \
@@ -89,7 +90,13 @@ system:
 	    || echo "could not install$$missing: tests that need them will skip and say so"; \
 	else echo "missing:$$missing. Tests that need them will skip and say so; to have them: sudo apt-get install $(SYSTEM_TOOLS)"; fi
 
-install: $(STAMPS)/dev $(MODEL)/config.json system
+# The example plugins are distributions of their own, installed as anybody's would be.
+$(STAMPS)/plugins: $(STAMPS)/dev requirements/plugins.txt $(wildcard plugins_example/*/pyproject.toml)
+	$(PIP) -r requirements/plugins.txt
+	$(PIP) --no-deps --no-build-isolation $(foreach plugin,$(wildcard plugins_example/*/pyproject.toml),-e $(dir $(plugin)))
+	@touch $@
+
+install: $(STAMPS)/plugins $(MODEL)/config.json system
 
 # -- what people come for ---------------------------------------------------------------------------------------
 demo: $(STAMPS)/demo $(MODEL)/config.json
@@ -105,7 +112,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict
-	$(BIN)/mypy --strict examples
+	$(BIN)/mypy --strict examples $(wildcard plugins_example/*/lmcache_*)
 
 format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix .

@@ -303,7 +303,7 @@ def small_rows(peer: Peer, effort: Effort) -> list[Row]:
 
 
 def disk_rows(peer: Peer, effort: Effort, directory: Path) -> list[Row]:
-    """Put and get of 32 MiB chunks, like beside like: direct I/O, and writes into the page cache. Theirs has no checksums."""
+    """Put and get of 32 MiB chunks, like beside like: direct I/O, then the page cache. Theirs has no checksums."""
     stored = round_up(object_bytes(LAYOUT.chunk_bytes))
     size = max(2, effort.disk_batch // LAYOUT.chunk_bytes)
     source = Arena(LAYOUT.chunk_bytes, size * stored)

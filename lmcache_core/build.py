@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lmcache_core.config import PipelineConfig, TierConfig
+from lmcache_core.config import PipelineConfig, RecomputeConfig, TenancyConfig, TierConfig
+from lmcache_core.config.models import MIN_SECRET
+from lmcache_core.cost import Recompute
 from lmcache_core.errors import ConfigError, LMCacheError, PluginError, Problem
+from lmcache_core.eviction.guard import Guarded
+from lmcache_core.eviction.lru import Lru
 from lmcache_core.layout import KVLayout
 from lmcache_core.pipeline import Pipeline
-from lmcache_core.plugins import PLUGINS, Plugins
-from lmcache_core.protocols import BuildContext, EvictionPolicy, MemoryBackend, Serde, SerdeContext, StorageBackend
+from lmcache_core.plugins import Plugins
+from lmcache_core.protocols import (
+    BuildContext,
+    EvictionConfig,
+    EvictionPolicy,
+    MemoryBackend,
+    Serde,
+    SerdeContext,
+    StorageBackend,
+)
 from lmcache_core.seal import RAW_CODEC
 from lmcache_core.slots import Slots
-from lmcache_core.tier import Staging, StorageTier, staging_buffer_bytes
+from lmcache_core.tenancy import Shares, Tenancy
+from lmcache_core.tier import ASK_THREADS, Staging, StorageTier, staging_buffer_bytes
 from lmcache_core.types import object_bytes, round_up
 
 MIN_SLOTS = 2
@@ -32,8 +45,10 @@ class _Storage:
     eviction: EvictionPolicy
     serde: Serde | None
     """None for raw: raw objects need no staging, they move as they are in their slots."""
-    object_bytes: int
+    context: BuildContext
     staging_bytes: int
+    own_bytes: int
+    """Memory of the backend itself."""
 
 
 def build(
@@ -51,8 +66,7 @@ def build(
     (sizes), `PluginError` or `BackendUnavailable`; then nothing is left open.
     """
     plugins = plugins or Plugins()
-    for name in config.plugins:
-        plugins.load(PLUGINS, name)
+    plugins.activate(config.plugins)
     problems: list[Problem] = []
     if layout.chunk_tokens != config.chunk_tokens:
         problems.append(
@@ -63,21 +77,36 @@ def build(
                 fix=f"set chunk_tokens to {layout.chunk_tokens}",
             )
         )
+    tenancy = _tenancy(config.tenancy, problems)
     memory_tier = config.tiers[0]
-    storage = [found for tier in config.tiers[1:] if (found := _plan(tier, layout, problems)) is not None]
-    count = _slot_count(memory_tier, layout, sum(tier.staging_bytes for tier in storage), problems)
+    planned = [_plan(tier, layout, tenancy, plugins, problems) for tier in config.tiers[1:]]
+    storage = [tier for tier in planned if tier is not None]
+    _check_quotas(tenancy, config, layout, problems)
+    count = _slot_count(memory_tier, layout, sum(t.staging_bytes + t.own_bytes for t in storage), problems)
     if problems:
         raise ConfigError(problems)
 
     opened: list[MemoryBackend | StorageBackend | StorageTier] = []
     try:
         memory, backends = _open(plugins, memory_tier, storage, layout, shared, opened)
-        region = memory.allocate(count * round_up(object_bytes(layout.chunk_bytes)))
-        slots = Slots(region, layout.chunk_bytes, memory_tier.eviction.build(), poison=poison)
+        slot_bytes = round_up(object_bytes(layout.chunk_bytes))
+        region = memory.allocate(count * slot_bytes)
+        policy = _shared(memory_tier, tenancy, count * slot_bytes, slot_bytes) or _policy(memory_tier.eviction)
+        slots = Slots(region, layout.chunk_bytes, policy, poison=poison)
         tiers = [
             _tier(tier, backend, layout, slots, memory, opened) for tier, backend in zip(storage, backends, strict=True)
         ]
-        return Pipeline(layout, memory_tier.name, memory, slots, tiers, verify=config.verify)
+        return Pipeline(
+            layout,
+            memory_tier.name,
+            memory,
+            slots,
+            tiers,
+            verify=config.verify,
+            recompute=_recompute(config.recompute),
+            tenancy=tenancy,
+            fidelity=",".join(sorted({t.serde.codec for t in storage if t.serde is not None and not t.serde.lossless})),
+        )
     except BaseException as error:
         for thing in reversed(opened):
             try:
@@ -90,7 +119,77 @@ def build(
         raise
 
 
-def _plan(tier: TierConfig, layout: KVLayout, problems: list[Problem]) -> _Storage | None:
+def _tenancy(config: TenancyConfig | None, problems: list[Problem]) -> Tenancy | None:
+    if config is None:
+        return None
+    if config.secret is not None:
+        secret = config.secret.get_secret_value().encode()
+    elif config.secret_file is not None:
+        try:
+            secret = config.secret_file.read_bytes().strip()
+            what = f"{config.secret_file} holds fewer than {MIN_SECRET} bytes" if len(secret) < MIN_SECRET else ""
+        except OSError as error:
+            what = f"{config.secret_file} cannot be read: {error.strerror}"
+        if what:
+            fix = f"put at least {MIN_SECRET} random characters there, readable by this process"
+            problems.append(Problem(where="build", path="tenancy.secret_file", what=what, fix=fix))
+            return None
+    return Tenancy(secret, config.quota, config.quotas)
+
+
+def _check_quotas(tenancy: Tenancy | None, config: PipelineConfig, layout: KVLayout, problems: list[Problem]) -> None:
+    """A tenant whose quota is less than one chunk could never have anything cached."""
+    if tenancy is None or config.tenancy is None:
+        return
+    slot = round_up(object_bytes(layout.chunk_bytes))
+    named = {"quota": "", **{f"quotas.{name}": name for name in config.tenancy.quotas}}
+    for path, tenant in named.items():
+        for tier in config.tiers:
+            quota = None if tier.capacity is None else tenancy.quota(tenant, tier.capacity)
+            if quota is not None and quota < slot:
+                what = f"{quota} bytes of tier `{tier.name}` are less than one chunk takes, {slot} bytes"
+                fix = f"set it to many times {slot} bytes, or lower chunk_tokens from {layout.chunk_tokens}"
+                problems.append(Problem(where="build", path=f"tenancy.{path}", what=what, fix=fix))
+
+
+def _shared(tier: TierConfig, tenancy: Tenancy | None, capacity: int | None, unit: int) -> Shares | None:
+    """An eviction policy for each tenant, in units of so many bytes; None without quotas, or without a capacity."""
+    if tenancy is None or not tenancy.limited or capacity is None:
+        return None
+
+    def quota(tenant: str) -> int | None:
+        nbytes = tenancy.quota(tenant, capacity)
+        return None if nbytes is None else nbytes // unit
+
+    return Shares(lambda: _policy(tier.eviction), capacity // unit, quota, tenancy.names.get)
+
+
+def _policy(config: EvictionConfig) -> EvictionPolicy:
+    """The policy, guarded unless it is the built-in one."""
+    policy = config.build()
+    return policy if isinstance(policy, Lru) else Guarded(policy, config.type)
+
+
+def _lossy(tier: TierConfig) -> Problem:
+    kind = tier.serde.type if tier.serde else ""
+    return Problem(
+        where="build",
+        path=f"tiers.{tier.name}.serde",
+        what=f"serde {kind!r} is lossy: what it gives back is not what was stored",
+        why="outputs of the model could change unnoticed",
+        fix=f"add `lossy: true` to tier `{tier.name}` if that is wanted, or choose a lossless serde such as zstd",
+    )
+
+
+def _recompute(config: RecomputeConfig) -> Recompute:
+    rate = config.tokens_per_s
+    known = None if rate is None or rate == "measure" else 1 / rate
+    return Recompute(config.factor, known, measure=rate == "measure")
+
+
+def _plan(
+    tier: TierConfig, layout: KVLayout, tenancy: Tenancy | None, plugins: Plugins, problems: list[Problem]
+) -> _Storage | None:
     """Find out what a storage tier needs; None after adding to `problems`."""
     where = f"tiers.{tier.name}"
     try:
@@ -101,6 +200,9 @@ def _plan(tier: TierConfig, layout: KVLayout, problems: list[Problem]) -> _Stora
                 raise LMCacheError(f"its codec name {serde.codec!r} must be 1 to 32 ASCII characters")
             if serde.codec == RAW_CODEC:
                 serde = None
+            elif not serde.lossless and not tier.lossy:
+                problems.append(_lossy(tier))
+                return None
         largest = object_bytes(serde.bound() if serde else layout.chunk_bytes)
         staging = 2 * tier.lane.threads * STAGING_PER_THREAD * staging_buffer_bytes(serde) if serde else 0
     except _PLUGIN_ERRORS as error:
@@ -109,7 +211,7 @@ def _plan(tier: TierConfig, layout: KVLayout, problems: list[Problem]) -> _Stora
         problems.append(Problem(where="build", path=f"{where}.serde", what=what, fix="choose another serde, or none"))
         return None
     try:
-        eviction = tier.eviction.build()
+        eviction = _shared(tier, tenancy, tier.capacity, 1) or _policy(tier.eviction)
     except _PLUGIN_ERRORS as error:
         what = f"eviction policy {tier.eviction.type!r} cannot be built: {_said(error)}"
         problems.append(Problem(where="build", path=f"{where}.eviction", what=what))
@@ -125,7 +227,15 @@ def _plan(tier: TierConfig, layout: KVLayout, problems: list[Problem]) -> _Stora
             )
         )
         return None
-    return _Storage(tier, eviction, serde, largest, staging)
+    context = BuildContext(
+        tier=tier.name,
+        object_bytes=largest,
+        capacity=tier.capacity,
+        threads=2 * tier.lane.threads + ASK_THREADS,
+        deadline=tier.lane.deadline,
+        lookup_deadline=tier.lane.lookup_deadline,
+    )
+    return _Storage(tier, eviction, serde, context, staging, plugins.memory_bytes(tier.backend, context))
 
 
 def _slot_count(tier: TierConfig, layout: KVLayout, staging: int, problems: list[Problem]) -> int:
@@ -138,7 +248,7 @@ def _slot_count(tier: TierConfig, layout: KVLayout, staging: int, problems: list
     slot_bytes = round_up(object_bytes(layout.chunk_bytes))
     count = (tier.capacity - staging) // slot_bytes
     if count < MIN_SLOTS:
-        beside = f" beside {staging} bytes of staging for encoded tiers" if staging else ""
+        beside = f" beside {staging} bytes of staging for other tiers" if staging else ""
         problems.append(
             Problem(
                 where="build",
@@ -170,15 +280,7 @@ def _open(
             shared=shared,
         )
     ]
-    contexts += [
-        BuildContext(
-            tier=tier.config.name,
-            object_bytes=tier.object_bytes,
-            capacity=tier.config.capacity,
-            threads=2 * tier.config.lane.threads,
-        )
-        for tier in storage
-    ]
+    contexts += [tier.context for tier in storage]
     memories: list[MemoryBackend] = []
     backends: list[StorageBackend] = []
     errors: list[tuple[BuildContext, LMCacheError]] = []
@@ -222,6 +324,13 @@ def _tier(
         region = memory.allocate(tier.staging_bytes)
         staging = Staging(region, staging_buffer_bytes(tier.serde), 2 * lane.threads)
     try:
+        for region in [slots.region, *([staging.region] if staging else ())]:
+            backend.register(region)
+    except LMCacheError:
+        raise
+    except _PLUGIN_ERRORS as error:
+        raise PluginError(f"tier `{config.name}`: registering memory failed: {_said(error)}") from error
+    try:
         built = StorageTier(
             config.name,
             backend,
@@ -237,6 +346,7 @@ def _tier(
             # Queued writes pin slots: never more than a quarter of memory for one tier.
             inflight=min(lane.inflight, slots.region.nbytes // 4),
             deadline=lane.deadline,
+            lookup_deadline=lane.lookup_deadline,
             staging=staging,
         )
     except LMCacheError:

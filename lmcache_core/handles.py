@@ -167,26 +167,44 @@ class Hit:
 
     def wait(self, timeout: float) -> bool:
         """Wait for pending tiers; False when they have not answered within `timeout` seconds."""
-        return self._locate is None or _wait(self._pipeline, self._locate.event, monotonic() + timeout)
+        return self._locate is None or _wait(self._pipeline, self._locate, monotonic() + timeout)
 
 
 class Locate:
     """Presence of keys in every storage tier; some answers may come later, from lanes."""
 
-    __slots__ = ("_lock", "_silent", "_then", "event", "immediate", "present", "reason")
+    __slots__ = ("_due", "_lock", "_silent", "_then", "event", "present", "reason")
 
     def __init__(self, tiers: int, keys: int, then: Callable[[Locate], None]) -> None:
         absent = [False] * keys
         self.present: list[list[bool]] = [absent] * tiers
         self.reason = MissReason.NOT_STORED
         """Why a key that no tier has is missing; says so when a tier could not be asked."""
-        self.immediate = True
-        """Whether every tier answered from memory."""
         self.event = threading.Event()
         self._then = then
         self._silent = set(range(tiers))
         """Tiers that have not answered."""
+        self._due: dict[int, float] = {}
+        """Until when to wait for each tier that had to be asked on its lane."""
         self._lock = threading.Lock()
+
+    @property
+    def immediate(self) -> bool:
+        """Whether every tier answered from memory."""
+        return not self._due
+
+    def expect(self, tier: int, deadline: float) -> None:
+        """A tier is being asked; it has until then. Before the first answer."""
+        self._due[tier] = deadline
+
+    def expire(self, now: float) -> float:
+        """Wait no longer for tiers whose time is up; return when the next one's is."""
+        with self._lock:
+            late = [tier for tier in self._silent if self._due.get(tier, inf) <= now]
+        for tier in late:
+            self.answer(tier, MissReason.DEADLINE)
+        with self._lock:
+            return min((self._due.get(tier, inf) for tier in self._silent), default=inf)
 
     def answer(self, tier: int, present: list[bool] | MissReason) -> None:
         """Take one tier's answer; a second one for the same tier comes too late and is ignored."""
@@ -207,14 +225,24 @@ class Locate:
 class Batch:
     """One lane job: chunks read from one tier into slots."""
 
-    __slots__ = ("deadline", "epoch", "keys", "slots", "tier", "waiters")
+    __slots__ = ("deadline", "epoch", "keys", "probe", "slots", "tier", "waiters")
 
-    def __init__(self, tier: StorageTier, keys: list[ChunkKey], slots: list[int], deadline: float, epoch: int) -> None:
+    def __init__(
+        self,
+        tier: StorageTier,
+        keys: list[ChunkKey],
+        slots: list[int],
+        deadline: float,
+        epoch: int,
+        probe: bool = False,
+    ) -> None:
         self.tier = tier
         self.keys = keys
         self.slots = slots
         self.deadline = deadline
         self.epoch = epoch
+        self.probe = probe
+        """Read only to measure the tier again."""
         self.waiters: dict[ChunkKey, list[tuple[Transfer, int]]] = {key: [] for key in keys}
 
 
@@ -228,6 +256,8 @@ class Transfer:
         "_detached",
         "_event",
         "_finished",
+        "_late",
+        "_locate",
         "_pending",
         "_pipeline",
         "_reason",
@@ -253,6 +283,9 @@ class Transfer:
         self._batches: list[Batch] = []
         self._begun = 0.0
         self._deadline = inf
+        self._late = MissReason.DEADLINE
+        """Why what is not here at the deadline is missing."""
+        self._locate: Locate | None = None
         self._event: threading.Event | None = None
         self._reason: MissReason | None = None
         self._finished = False
@@ -262,8 +295,11 @@ class Transfer:
         """Whether `result()` is there: everything arrived, failed, or ran out of time."""
         if self._event is None or (self.located and self._pending == 0):
             return True
+        now = monotonic()
+        if self._locate is not None and not self.located:
+            self._locate.expire(now)
         self._pipeline._sweep()
-        return (self.located and self._pending == 0) or monotonic() >= self._deadline
+        return (self.located and self._pending == 0) or now >= self._deadline
 
     @property
     def sources(self) -> list[str]:
@@ -274,7 +310,7 @@ class Transfer:
         """Wait until done, at most the tiers' deadline and `timeout` seconds; return `done`."""
         if self._event is not None and not self.done:
             end = inf if timeout is None else monotonic() + timeout
-            _wait(self._pipeline, self._event, min(end, self._deadline), self)
+            _wait(self._pipeline, self._locate, end, self)
         return self.done
 
     def result(self) -> Lease:
@@ -287,12 +323,15 @@ class Transfer:
         self._pipeline._cancel(self)
 
 
-def _wait(pipeline: Pipeline, event: threading.Event, end: float, transfer: Transfer | None = None) -> bool:
-    """Wait for the event until `end`, or the transfer's deadline, which may come nearer meanwhile."""
-    while not event.is_set():
-        left = min(end, inf if transfer is None else transfer._deadline) - monotonic()
+def _wait(pipeline: Pipeline, locate: Locate | None, end: float, transfer: Transfer | None = None) -> bool:
+    """Wait until `end` for the answers, or for the transfer, whose deadline may come nearer meanwhile."""
+    event = transfer._event if transfer is not None else locate.event if locate is not None else None
+    while event is not None and not event.is_set():
+        now = monotonic()
+        left = min(end, inf if transfer is None else transfer._deadline) - now
         if left <= 0:
             return False
-        if not event.wait(min(left, _SWEEP_S)):
+        due = inf if locate is None else locate.expire(now)
+        if not event.wait(max(0.0, min(left, _SWEEP_S, due - now))):
             pipeline._sweep()
     return True

@@ -11,6 +11,7 @@ from lmcache_core.protocols import (
     BuildContext,
     EvictionConfig,
     MemoryBackend,
+    PluginConfig,
     SerdeConfig,
     StorageBackend,
 )
@@ -35,6 +36,24 @@ def lmcache_serdes() -> Sequence[type[SerdeConfig]]:
 @hookspec
 def lmcache_evictions() -> Sequence[type[EvictionConfig]]:
     """Return the eviction policy config classes this plugin provides."""
+    raise NotImplementedError
+
+
+@hookspec
+def lmcache_plugins() -> Sequence[type[PluginConfig]]:
+    """Return the settings classes of this plugin in `plugins:`; one without implements the hooks below itself."""
+    raise NotImplementedError
+
+
+@hookspec
+def lmcache_object_overhead(config: BackendConfig, context: BuildContext) -> int:
+    """Return the bytes this plugin's wrapper adds to each object of the tier: its backend is built for as much more."""
+    raise NotImplementedError
+
+
+@hookspec
+def lmcache_wrapper_memory(config: BackendConfig, context: BuildContext) -> int:
+    """Return the bytes of memory that this plugin's wrapper takes for a tier: less for slots of the memory tier."""
     raise NotImplementedError
 
 

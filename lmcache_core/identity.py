@@ -47,6 +47,9 @@ class Identity:
     """Engine and attention numerics when they change the stored bytes, e.g. `vllm-cpu`."""
     salt: str | None = None
     """Tenant salt; requests with different salts never share. None and "" differ."""
+    fidelity: str = ""
+    """Lossy encodings the bytes may have been through (`Pipeline.fidelity`), so that they never pass for exact ones;
+    empty where all bytes are as they were computed."""
 
     def __post_init__(self) -> None:
         for name in ("tp_rank", "tp_size", "pp_rank", "pp_size", "kv_group"):
@@ -74,6 +77,8 @@ def _digest(identity: Identity) -> bytes:
     record: dict[str, canonical.Canonical] = {"kind": "lmcache-identity", "version": 1}
     for field in fields(identity):
         value = getattr(identity, field.name)
+        if field.name == "fidelity" and not value:
+            continue  # younger than version 1: exact chunks keep the keys they have always had
         record["." + field.name] = value.id if isinstance(value, KVLayout) else value
     return canonical.digest(record)
 

@@ -276,6 +276,8 @@ class Breaker:
         self._until = 0.0
         self._probing: float | None = None
         """When the probe under way counts as lost."""
+        self._since = 0.0
+        """When it last opened or closed, by the clock."""
         self.trips = 0
 
     @property
@@ -327,6 +329,7 @@ class Breaker:
                     self._recent.clear()
                     self._pause = 0.0
                     self._probing = None
+                    self._since = now
                 return
             recent = self._recent
             recent.append((now, failed))
@@ -347,7 +350,18 @@ class Breaker:
 
     def _trip(self, now: float) -> None:
         low, high = self.PAUSE_S
+        if not self._pause:
+            self._since = now
         self._pause = min(high, max(low, self._pause * 2))
         self._until = now + self._pause * (1 + 0.2 * self._random.random())
         self._probing = None
         self.trips += 1
+
+    def stats(self) -> dict[str, str | int | float | None]:
+        """The state now: `closed`, `open` or `probing`; how often it opened, and for how many seconds it is as it is
+        (None when it never opened)."""
+        with self._lock:
+            now = self._clock()
+            state = "closed" if not self._pause else "open" if self._probing is None else "probing"
+            since = round(now - self._since, 3) if self.trips else None
+            return {"state": state, "trips": self.trips, "for_s": since}

@@ -14,20 +14,24 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
 from time import monotonic
 from typing import Any, Literal
 
 from lmcache_core import seal
+from lmcache_core.cost import Recompute
 from lmcache_core.errors import BackendError, Closed, CorruptChunk
+from lmcache_core.eviction.guard import trouble
 from lmcache_core.handles import Batch, Hit, Lease, Locate, Reservation, Transfer
-from lmcache_core.lanes import GiveUp, Job, finish_within
+from lmcache_core.identity import Identity
+from lmcache_core.lanes import finish_within
 from lmcache_core.layout import KVLayout
 from lmcache_core.plan import Move, locate, split
 from lmcache_core.protocols import MemoryBackend
 from lmcache_core.slots import Slots
+from lmcache_core.tenancy import Tenancy
 from lmcache_core.tier import Outcome, StorageTier
 from lmcache_core.types import ChunkKey, MissReason, object_bytes
+from lmcache_core.writedown import WriteDown
 
 __all__ = ["Hit", "Lease", "Pipeline", "Reservation", "Transfer"]
 
@@ -37,22 +41,26 @@ _BATCH_BYTES = 32 << 20
 CLEAR_S = 60.0
 """How long `clear` waits for a medium."""
 
-Written = Callable[[Sequence[int], bool], None]
-"""Called with the slots of a write that ended, and whether it must be tried again. Lock held."""
-
 
 class Pipeline:
     """See the module. Made by `lmcache_core.build.build`; thread-safe."""
 
     def __init__(
         self, layout: KVLayout, memory_name: str, memory: MemoryBackend, slots: Slots, tiers: Sequence[StorageTier],
-        *, verify: Literal["load", "serve"] = "load",
+        *, verify: Literal["load", "serve"] = "load", recompute: Recompute | None = None, fidelity: str = "",
+        tenancy: Tenancy | None = None,
     ) -> None:  # fmt: skip
         self.layout = layout
         self.slots = slots
         self.memory_name = memory_name
         self.tiers = list(tiers)
         self.counts: Counter[str] = Counter()
+        self.recompute = recompute or Recompute()
+        """What reading must be faster than."""
+        self.tenancy = tenancy
+        """None where tenants are not told apart."""
+        self.fidelity = fidelity
+        """Codecs of lossy tiers, empty without any: part of the identity of every key this pipeline is asked for."""
         self._memory = memory
         self._verify_on_serve = verify == "serve"
         self._lock = threading.Lock()
@@ -64,16 +72,13 @@ class Pipeline:
         """Slots that lane jobs read into, awaited or not."""
         self._filling: set[ChunkKey] = set()
         self._live_transfers = 0
-        self._demoting: dict[int, int] = {}
-        """Dirty slots on their way to write-back tiers, with the number of writes under way."""
-        self._refused: set[int] = set()
-        """Those among them that a full lane refused: they stay dirty."""
         self._epoch = 0
         self._closing = False
         self._closed = False
-        self._back = [tier for tier in self.tiers if tier.write_mode == "back"]
-        self._dirty_limit = max(1, slots.count // 2)
         self._batch_chunks = max(1, _BATCH_BYTES // slots.slot_bytes)
+        self._down = WriteDown(self._lock, slots, self.tiers, self._batch_chunks)
+        self._patience = max((tier.deadline for tier in self.tiers), default=0.0)
+        """Longest that any tier may take, in seconds."""
 
     # -- asking ----------------------------------------------------------------------------------------------
     def lookup(self, keys: Sequence[ChunkKey]) -> Hit:
@@ -97,15 +102,13 @@ class Pipeline:
 
         def fold(found: Locate) -> None:
             with self._lock:
-                self._hide_overdue(rest, found)
-            end, moves = locate(resident, len(keys), here[resident:], found.present)
+                end, moves, hit.reason, _ = self._route(keys, resident, here[resident:], found)
             sources = [self.memory_name] * end
             for move in moves:
                 for position in move.positions:
                     sources[position] = self.tiers[move.tier].name
             hit.sources = sources
             hit.count = end
-            hit.reason = self._gap(keys, end, found)
             hit.pending = False
 
         hit.pending = True
@@ -121,26 +124,56 @@ class Pipeline:
                     t = self.tiers.index(batch.tier)
                     found.present[t] = [*found.present[t][:i], False, *found.present[t][i + 1 :]]
 
-    def _gap(self, keys: Sequence[ChunkKey], end: int, found: Locate) -> MissReason | None:
-        """Why a prefix ends at `end`."""
-        if end == len(keys):
-            return None
-        return MissReason.DEADLINE if keys[end] in self._overdue else found.reason
+    def _route(
+        self, keys: Sequence[ChunkKey], start: int, here: Sequence[bool], found: Locate
+    ) -> tuple[int, list[Move], MissReason | None, dict[int, int]]:
+        """From where to take the chunks `start...`, leaving out tiers that are not worth waiting for. Lock held.
+
+        Return the length of the prefix, its moves, why it ends, and the tiers left out with the first chunk of each.
+        """
+        self._hide_overdue(keys[start:], found)
+        end, moves = locate(start, len(keys), here, found.present)
+        slow: dict[int, int] = {}
+        hidden: list[list[bool]] = []
+        while late := [move for move in moves if not self._is_worth(move, end)]:
+            for move in late:
+                slow[move.tier] = move.positions[0]
+                hidden.append(found.present[move.tier])
+                found.present[move.tier] = [False] * len(here)
+            end, moves = locate(start, len(keys), here, found.present)
+        reason = None if end == len(keys) else found.reason
+        if reason is not None and keys[end] in self._overdue:
+            reason = MissReason.DEADLINE
+        elif reason is not None and any(present[end - start] for present in hidden):
+            reason = MissReason.COST
+        return end, moves, reason, slow
+
+    def _is_worth(self, move: Move, end: int) -> bool:
+        """Whether reading is quicker than computing what is lost without it: all from its first chunk to `end`."""
+        limit = self.recompute.limit((end - move.positions[0]) * self.layout.chunk_tokens)
+        if limit is None:
+            return True
+        tier, size = self.tiers[move.tier], self.slots.slot_bytes
+        takes = tier.speed.seconds(len(move.positions) * size, self._batch_chunks * size, tier.read_lane.inflight_bytes)
+        return takes is None or takes <= limit
 
     def _locate(self, keys: list[ChunkKey], then: Callable[[Locate], None]) -> Locate:
         """Ask every storage tier for the keys: memory at once, media on their lanes. Lock not held."""
         found = Locate(len(self.tiers), len(keys), then)
+        asked: list[int] = []
         for t, tier in enumerate(self.tiers):
             present = tier.present(keys)
             if present is None:
-                self._ask(found, t, keys)
+                asked.append(t)
+                found.expect(t, monotonic() + tier.lookup_deadline)
             else:
                 found.answer(t, present)
+        for t in asked:
+            self._ask(found, t, keys)
         return found
 
     def _ask(self, found: Locate, t: int, keys: list[ChunkKey]) -> None:
         tier = self.tiers[t]
-        found.immediate = False
 
         def run() -> MissReason | None:
             answer = tier.ask(keys)
@@ -150,11 +183,9 @@ class Pipeline:
         def give_up(reason: MissReason) -> None:
             found.answer(t, reason)
 
-        # Half the time for asking: the tiers that did answer, and this one, need the rest for reading.
-        deadline = monotonic() + tier.deadline / 2
-        refusal = tier.read_lane.submit(
-            run, give_up, 0, late=give_up, deadline=deadline, breaker=tier.ask_breaker, urgent=True
-        )
+        if tier.ask_lane is None:
+            raise AssertionError(f"tier {tier.name} answers lookups itself")
+        refusal = tier.ask_lane.submit(run, give_up, 0, late=give_up)
         if refusal is not None:
             found.answer(t, refusal)
 
@@ -186,8 +217,11 @@ class Pipeline:
         transfer._event = threading.Event()
         transfer.located = False
         transfer._begun = monotonic()
-        transfer._deadline = transfer._begun + max(tier.deadline for tier in self.tiers)
-        self._locate(transfer.keys[resident:], lambda located: self._start(transfer, resident, located))
+        transfer._deadline = transfer._begun + self._patience
+        self._hurry(transfer, len(found) - resident)
+        transfer._locate = self._locate(
+            transfer.keys[resident:], lambda located: self._start(transfer, resident, located)
+        )
         return transfer
 
     def _start(self, transfer: Transfer, start: int, located: Locate) -> None:
@@ -197,13 +231,11 @@ class Pipeline:
         with self._lock:
             slots = self.slots
             here = [key in slots.index or key in self._loads for key in keys[start:]]
-            self._hide_overdue(keys[start:], located)
-            end, moves = locate(start, len(keys), here, located.present)
+            end, moves, transfer._reason, slow = self._route(keys, start, here, located)
             if transfer._finished or self._closed:
-                end, moves = start, []
+                end, moves, slow = start, [], {}
             transfer._slots += [-1] * (end - start)
             transfer._sources += [self.memory_name] * (end - start)
-            transfer._reason = self._gap(keys, end, located)
             # Pin what is here before taking slots: taking evicts.
             for position in range(start, end):
                 slot = slots.index.get(keys[position])
@@ -220,6 +252,7 @@ class Pipeline:
                     self._await(transfer, position, self._loads[keys[position]])
             # Reading has its whole time, where the call's deadline leaves it: a medium had to be asked first.
             begun = transfer._begun if located.immediate else monotonic()
+            latest = transfer._begun + self._patience
             for move in moves:
                 tier = self.tiers[move.tier]
                 kept = Move(move.tier, [position for position in move.positions if position in slot_at])
@@ -229,7 +262,7 @@ class Pipeline:
                         tier,
                         [keys[position] for position in part.positions],
                         [slot_at[position] for position in part.positions],
-                        min(begun + tier.deadline, transfer._deadline),
+                        min(begun + tier.deadline, latest),
                         self._epoch,
                     )
                     self._reading += len(batch.slots)
@@ -243,6 +276,9 @@ class Pipeline:
                         failed.append((batch, refusal))
             if transfer._batches:
                 transfer._deadline = min(transfer._deadline, max(batch.deadline for batch in transfer._batches))
+                self._hurry(transfer, end - start)
+            for t, position in slow.items():
+                failed += self._probe(self.tiers[t], keys[position])
             transfer.located = True
             ended = transfer._pending == 0
         for batch, reason in failed:
@@ -250,9 +286,31 @@ class Pipeline:
         if ended:
             self._end([transfer])
 
+    def _hurry(self, transfer: Transfer, chunks: int) -> None:
+        """Let a transfer wait for `chunks` chunks no longer than the cost rule allows. The reads have their own time: a
+        medium is not to blame when a short prompt is computed quickly."""
+        limit = self.recompute.limit(chunks * self.layout.chunk_tokens)
+        if limit is not None and transfer._begun + limit < transfer._deadline:
+            transfer._deadline = transfer._begun + limit
+            transfer._late = MissReason.COST
+
+    def _probe(self, tier: StorageTier, key: ChunkKey) -> list[tuple[Batch, MissReason]]:
+        """A tier was left out because it is slow: now and then read one chunk, for nobody, to see whether it still is.
+        Return the batch if its lane refused it. Lock held."""
+        tier.count("bypassed_cost")
+        if key in self.slots.index or key in self._loads or not tier.speed.take_probe():
+            return []
+        slots = self._take(1, key)
+        if not slots:
+            return []
+        batch = Batch(tier, [key], slots, monotonic() + tier.deadline, self._epoch, probe=True)
+        self._reading += 1
+        refusal = self._submit(batch, False)
+        return [] if refusal is None else [(batch, refusal)]
+
     def _fit(self, transfer: Transfer, wanted: list[int]) -> list[int]:
         """Slots for the wanted positions. What memory has no room for is cut off the end of the transfer. Lock held."""
-        room = self._take(len(wanted))
+        room = self._take(len(wanted), transfer.keys[0])
         while len(room) < len(wanted):
             slot = transfer._slots.pop()
             transfer._sources.pop()
@@ -261,7 +319,7 @@ class Pipeline:
                 wanted.pop()
             elif slot >= 0:
                 self.slots.unpin([slot])
-                room += self.slots.take(1)
+                room += self.slots.take(1, transfer.keys[0])
         return room
 
     def _await(self, transfer: Transfer, position: int, batch: Batch) -> None:
@@ -276,7 +334,11 @@ class Pipeline:
         """Queue one batch; why not, if refused. A prefix whose first batch was `admitted` is read whole. Lock held."""
 
         def run() -> MissReason | None:
+            begun = monotonic()
             outcomes = batch.tier.read(batch.keys, batch.slots)
+            if outcomes.count(None) == len(outcomes):
+                nbytes = len(batch.keys) * self.slots.slot_bytes
+                batch.tier.speed.note(nbytes, monotonic() - begun, probe=batch.probe)
             if self._verify_on_serve:
                 self._seal(batch.keys, batch.slots, outcomes)
             self._loaded(batch, outcomes)
@@ -321,7 +383,7 @@ class Pipeline:
                     del self._overdue[key]
             ended = self._tell(batch, dict(zip(batch.keys, outcomes, strict=True)))
             if batch.tier.promote:
-                self._spread(arrived, landed, arrived, self.tiers.index(batch.tier))
+                self._down.spread(arrived, landed, arrived, self.tiers.index(batch.tier))
             else:
                 for key in arrived:
                     slots.hide(key)  # freed with the last pin of those that waited for it
@@ -390,7 +452,7 @@ class Pipeline:
         count = held.index(-1) if -1 in held else len(held)
         reason = transfer._reason
         if not transfer.located or count < transfer.count:
-            reason = MissReason.DEADLINE  # not failed: not here in time
+            reason = transfer._late  # not failed: not here in time
         if transfer._pending:
             for batch in transfer._batches:
                 for waiters in batch.waiters.values():
@@ -485,7 +547,7 @@ class Pipeline:
                     for i, key in enumerate(keys)
                     if key not in index and key not in loads and key not in filling and i >= first
                 ]
-                if len(slots.free) < len(positions):
+                if len(slots.free) < len(positions) or slots.shares is not None:
                     # A prefix must not evict its own beginning.
                     own = [index[key] for key in keys if key in index]
             if len(positions) < len(keys):
@@ -495,7 +557,7 @@ class Pipeline:
                 raise ValueError("the keys repeat: a prefix has each chunk once")
             for slot in own:
                 slots.pins[slot] += 1
-            taken = self._take(len(positions))
+            taken = self._take(len(positions), keys[0] if positions else None)
             for slot in own:
                 slots.pins[slot] -= 1
             if len(taken) < len(positions):
@@ -531,7 +593,7 @@ class Pipeline:
                 self.slots.policy.touch(chain)
             self.counts["stored"] += len(keys)
             if self.tiers:
-                self._spread(keys, slots, chain, len(self.tiers))
+                self._down.spread(keys, slots, chain, len(self.tiers))
         return len(keys)
 
     def _abort(self, keys: list[ChunkKey], slots: list[int]) -> None:
@@ -539,115 +601,39 @@ class Pipeline:
             self._filling.difference_update(keys)
             self.slots.give_back(slots)
 
-    def _take(self, want: int) -> list[int]:
-        """Up to `want` slots. Where dirty chunks are in the way, start writing them down for next time. Lock held."""
-        taken = self.slots.take(want)
+    def _take(self, want: int, owner: ChunkKey | None) -> list[int]:
+        """Up to `want` slots for chunks of `owner`'s tenant. Where dirty chunks are in the way, start writing them down
+        for next time. Lock held."""
+        taken = self.slots.take(want, owner)
         if len(taken) < want and self.slots.dirty:
-            self._demote(want - len(taken))
+            self._down.demote(want - len(taken))
         return taken
 
-    # -- writing down ----------------------------------------------------------------------------------------
-    def _spread(self, keys: Sequence[ChunkKey], slots: Sequence[int], chain: Sequence[ChunkKey], origin: int) -> None:
-        """New chunks in memory: write them through, or mark them for demotion. `chain` is the prefix they belong to,
-        `origin` the tier they came from, or the number of tiers for a fresh store; deeper tiers have them by then.
-        Lock held."""
-        if not keys:
-            return
-        for tier in self.tiers[:origin]:
-            if tier.write_mode == "never":
-                continue
-            if tier.write_mode == "back":
-                missing = (slot for key, slot in zip(keys, slots, strict=True) if not tier.has(key))
-                self.slots.dirty.update(dict.fromkeys(missing))
-            else:
-                self._write(tier, keys, slots, chain, None)
-        if len(self.slots.dirty) + len(self._demoting) > self._dirty_limit:
-            self._demote(len(self.slots.dirty) - self._dirty_limit // 2)
+    def tenant_identity(self, identity: Identity, tenant: str | None) -> Identity | None:
+        """The identity of one tenant's request, and note whose its chunks are.
 
-    def _demote(self, want: int) -> None:
-        """Write the longest waiting dirty chunks to the write-back tiers, as far as lanes have room. Lock held."""
-        room = min(tier.write_lane.room for tier in self._back) // self.slots.slot_bytes
-        dirty, key_of = self.slots.dirty, self.slots.key_of
-        chosen = list(islice(dirty, min(want, room))) if want > 0 else []
-        # Last batch first: what is written later counts as warmer, and the beginning of a prefix must be warmest.
-        for at in reversed(range(0, len(chosen), self._batch_chunks)):
-            numbers = chosen[at : at + self._batch_chunks]
-            keys: list[ChunkKey] = [key_of[slot] for slot in numbers]  # type: ignore[misc]
-            for slot in numbers:
-                del dirty[slot]
-                self._demoting[slot] = len(self._back)
-            for tier in self._back:
-                self._write(tier, keys, numbers, keys, self._demoted)
-
-    def _demoted(self, slots: Sequence[int], refused: bool) -> None:
-        """A write-back batch ended, or was refused by a full lane. Lock held.
-
-        What failed counts as clean: a failing tier must not fill memory with chunks that cannot be evicted.
+        None for a request that takes no part: it has no tenant, or its tenant has too many identities. Without tenancy
+        the identity as it is. `tenant` comes from the operator's gateway, never from whoever wrote the prompt.
         """
-        if refused:
-            self._refused.update(slots)
-        for slot in slots:
-            self._demoting[slot] -= 1
-            if self._demoting[slot] == 0:
-                del self._demoting[slot]
-                if slot in self._refused:
-                    self._refused.discard(slot)
-                    if self.slots.key_of[slot] is not None:
-                        self.slots.dirty[slot] = None
-
-    def _write(
-        self,
-        tier: StorageTier,
-        keys: Sequence[ChunkKey],
-        numbers: Sequence[int],
-        chain: Sequence[ChunkKey],
-        then: Written | None,
-    ) -> None:
-        """Queue chunks for a tier in batches, pinned until written. What the lane refuses is dropped. Lock held."""
-        for at in range(0, len(keys), self._batch_chunks):
-            some = list(keys[at : at + self._batch_chunks])
-            held = list(numbers[at : at + self._batch_chunks])
-            for slot in held:
-                self.slots.pins[slot] += 1
-            run, cancel = self._write_job(tier, some, held, chain, then)
-            refusal = tier.write_lane.submit(run, cancel, len(some) * self.slots.slot_bytes)
-            if refusal is not None:
-                self.slots.unpin(held)
-                again = refusal is MissReason.BUSY
-                if then is None or not again:
-                    tier.count(f"dropped_{refusal}", len(some))
-                if then is not None:
-                    then(held, again)
-
-    def _write_job(
-        self,
-        tier: StorageTier,
-        keys: list[ChunkKey],
-        held: list[int],
-        chain: Sequence[ChunkKey],
-        then: Written | None,
-    ) -> tuple[Job, GiveUp]:
-        epoch = tier.epoch
-
-        def end() -> None:
+        tenancy = self.tenancy
+        if tenancy is None:
+            return identity
+        if not tenant:
+            return None
+        identity = tenancy.identity(identity, tenant)
+        prefix = identity.prefix
+        if prefix not in tenancy.names:
             with self._lock:
-                self.slots.unpin(held)
-                if then is not None:
-                    then(held, False)
+                if prefix not in tenancy.names and not tenancy.admit(prefix, tenant):
+                    return None
+                self.slots.claim(prefix, tenant)
+            for tier in self.tiers:
+                tier.claim(prefix, tenant)
+        return identity
 
-        def run() -> MissReason | None:
-            outcomes = tier.write(keys, held, epoch, chain)
-            for outcome in outcomes:
-                if outcome is not None:
-                    tier.count(f"dropped_{outcome}")
-            end()
-            return MissReason.ERROR if MissReason.ERROR in outcomes else None
-
-        def cancel(reason: MissReason) -> None:
-            tier.count(f"dropped_{reason}", len(keys))
-            end()
-
-        return run, cancel
+    def note_prefill(self, tokens: int, seconds: float) -> None:
+        """An engine computed `tokens` tokens of a prompt in `seconds`: what adapters measure for the cost rule."""
+        self.recompute.note(tokens, seconds)
 
     # -- life ------------------------------------------------------------------------------------------------
     def clear(self, tier: str | None = None) -> None:
@@ -684,10 +670,10 @@ class Pipeline:
             self._sweep()
             with self._lock:
                 if self.slots.dirty:
-                    self._demote(len(self.slots.dirty))
+                    self._down.demote(len(self.slots.dirty))
             idle = [tier.write_lane.drain(max(0.0, min(0.05, end - monotonic()))) for tier in self.tiers]
             with self._lock:
-                clean = not self.slots.dirty and not self._demoting
+                clean = not self._down.waiting
             if clean and all(idle):
                 return True
             if self._closed or monotonic() >= end:
@@ -723,21 +709,27 @@ class Pipeline:
         with self._lock:
             counts = dict(self.counts)
             slots = self.slots
-            memory = {
+            memory: dict[str, Any] = {
                 "slots": slots.count,
                 "slot_bytes": slots.slot_bytes,
                 "ready": len(slots.index),
                 "free": len(slots.free),
-                "dirty": len(slots.dirty) + len(self._demoting),
+                "dirty": self._down.waiting,
                 "evicted": slots.evicted,
             }
+        if slots.shares is not None:
+            memory["tenants"] = slots.shares.stats()
         memory["pinned"] = sum(1 for pins in slots.pins if pins)
         tiers: dict[str, Any] = {self.memory_name: memory, **{tier.name: tier.stats() for tier in self.tiers}}
+        for entry, policy in zip(tiers.values(), (slots.policy, *(tier.policy for tier in self.tiers)), strict=True):
+            entry["eviction_trouble"] = trouble(policy)
         return {
             "stored": counts.get("stored", 0),
             "hits": {name: counts.get(f"hit.{name}", 0) for name in tiers},
             "misses": {k.removeprefix("miss."): v for k, v in sorted(counts.items()) if k.startswith("miss.")},
             "dropped": {k.removeprefix("drop."): v for k, v in sorted(counts.items()) if k.startswith("drop.")},
+            "recompute": self.recompute.stats(),
+            "fidelity": self.fidelity or "exact",
             "quarantined": counts.get("quarantined", 0) + sum(t.counts["quarantined"] for t in self.tiers),
             "tiers": tiers,
         }
@@ -746,14 +738,14 @@ class Pipeline:
         """Raise `AssertionError` on any broken invariant; with `idle`, also when anything is still held."""
         with self._lock:
             self.slots.check(self._reading + len(self._filling))
-            assert not self._demoting.keys() & self.slots.dirty.keys(), "a slot is dirty and on its way"
+            self._down.check()
             if idle:
                 pinned = {slot: pins for slot, pins in enumerate(self.slots.pins) if pins}
                 assert not pinned, f"pins left behind: {pinned}"
                 assert not self._filling, f"{len(self._filling)} reservations were neither committed nor aborted"
                 left = f"{self._reading} reads never ended"
                 assert not self._loads and not self._overdue and not self._reading, left
-                assert not self._demoting and not self._refused, f"{len(self._demoting)} demotions never ended"
+                assert not self._down.demoting, f"{len(self._down.demoting)} demotions never ended"
                 assert not self._live_transfers, f"{self._live_transfers} transfers were neither taken nor cancelled"
         if idle:
             for tier in self.tiers:

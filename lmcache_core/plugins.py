@@ -1,11 +1,13 @@
 """Finding, importing and checking plugins. Everything here happens once, at start-up.
 
-A plugin is a module with pluggy hook implementations, announced as an entry point in one of four groups:
+A plugin is a module with pluggy hook implementations, announced as an entry point in one of the first four groups:
 
     lmcache.backends    the entry's name is a backend `type`            -> hook lmcache_backends
     lmcache.serdes      the entry's name is a serde `type`              -> hook lmcache_serdes
     lmcache.evictions   the entry's name is an eviction `type`          -> hook lmcache_evictions
-    lmcache.plugins     the entry's name stands in `plugins:`           -> hook lmcache_build_backend (wrappers)
+    lmcache.plugins     the entry's name stands in `plugins:`           -> hook lmcache_plugins (its settings), or
+                                                                           lmcache_build_backend (without any)
+    lmcache.rigs        the entry's name is a backend `type`            -> a class, see lmcache_core.testing.rig
 
 Installed is not active: a module is imported only when a configuration names it. The built-ins are announced by
 lmcache-core's own distribution and come in through the same door. The core calls each hook in one place, here.
@@ -16,8 +18,9 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import re
+import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin
 
 import pluggy
@@ -32,6 +35,7 @@ from lmcache_core.protocols import (
     BuildContext,
     EvictionConfig,
     MemoryBackend,
+    PluginConfig,
     SerdeConfig,
     StorageBackend,
 )
@@ -41,8 +45,9 @@ BACKENDS = "lmcache.backends"
 SERDES = "lmcache.serdes"
 EVICTIONS = "lmcache.evictions"
 PLUGINS = "lmcache.plugins"
-GROUPS = (BACKENDS, SERDES, EVICTIONS, PLUGINS)
-NOUNS = {BACKENDS: "backend", SERDES: "serde", EVICTIONS: "eviction policy", PLUGINS: "plugin"}
+RIGS = "lmcache.rigs"
+GROUPS = (BACKENDS, SERDES, EVICTIONS, PLUGINS, RIGS)
+NOUNS = {BACKENDS: "backend", SERDES: "serde", EVICTIONS: "eviction policy", PLUGINS: "plugin", RIGS: "rig"}
 
 OWN_DISTRIBUTION = "lmcache-core"
 _SEPARATORS = re.compile(r"[-_.]+")
@@ -103,8 +108,25 @@ class Plugins:
         self._modules: dict[tuple[str, str], object] = {}
         self._manager = _manager()
         self._manager.register(_Defaults(), name="lmcache-defaults")
+        self._activated: list[str] = []
         for name in wrappers:
             self.load(PLUGINS, name)
+
+    def activate(self, named: Iterable[str | PluginConfig]) -> None:
+        """Let what stands in `plugins:` of one configuration, and of no other, take part in `build_backend`.
+
+        The one named last is the outermost wrapper. Raise what `load` raises, and what a plugin raises in its `build`.
+        """
+        for name in self._activated:
+            self._manager.unregister(name=name)
+        self._activated = []
+        for number, item in enumerate(named):
+            if isinstance(item, str):
+                self.load(PLUGINS, item)
+            else:
+                name = f"{PLUGINS}:{number}:{item.type}"
+                _checked_register(self._manager, f"plugin `{item.type}`", item.build(), name)
+                self._activated.append(name)
 
     def register(self, plugin: object, name: str) -> None:
         """Let a plugin object that is not installed, such as a fault injector, take part in `build_backend`."""
@@ -144,8 +166,23 @@ class Plugins:
         )
         return cls
 
+    def rig(self, name: str) -> object | None:
+        """What the entry point of the rig for backend `name` names, imported; None where no distribution has one."""
+        if name not in self.names(RIGS):
+            return None
+        self.load(RIGS, name)
+        return self._modules[RIGS, name]
+
+    def settings(self, name: str) -> type[PluginConfig] | None:
+        """The settings class of the `lmcache.plugins` entry `name`; None for a plugin that takes none."""
+        plugin = self.load(PLUGINS, name)
+        answers = _classes(plugin, self._modules[PLUGINS, name]).lmcache_plugins()
+        cls: type[PluginConfig] | None = _pick(plugin, answers, PluginConfig) if answers else None
+        return cls
+
     def build_backend(self, config: BackendConfig, context: BuildContext) -> StorageBackend | MemoryBackend:
         """Build one tier's backend, through every wrapper. Raise what the backend or a wrapper raises."""
+        context = self._wrapped(config, context)
         backend = self._manager.hook.lmcache_build_backend(config=config, context=context)
         want = MemoryBackend if config.in_memory else StorageBackend
         if not isinstance(backend, want):
@@ -154,6 +191,17 @@ class Plugins:
                 f"not a {want.__name__} (in_memory is {config.in_memory})"
             )
         return backend
+
+    def memory_bytes(self, config: BackendConfig, context: BuildContext) -> int:
+        """Bytes of memory that a tier's backend and its wrappers take for buffers of their own."""
+        context = self._wrapped(config, context)
+        wrappers = self._manager.hook.lmcache_wrapper_memory(config=config, context=context)
+        return config.memory_bytes(context) + int(sum(wrappers))
+
+    def _wrapped(self, config: BackendConfig, context: BuildContext) -> BuildContext:
+        """The context for what is inside the wrappers, which make objects larger."""
+        added = sum(self._manager.hook.lmcache_object_overhead(config=config, context=context))
+        return replace(context, object_bytes=context.object_bytes + added)
 
     def load(self, group: str, name: str) -> Installed:
         """Import and check one named plugin, once. Raise `UnknownPlugin`, `PluginConflict` or `PluginError`."""
@@ -220,8 +268,14 @@ def _import(plugin: Installed) -> object:
         return plugin.entry.load()
     except (Exception, SystemExit) as error:
         cause = f"{type(error).__name__}: {error}" if str(error) else repr(error)
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing and missing != plugin.target.partition(":")[0]:
+        missing = error.name if isinstance(error, ImportError) else None
+        root = __name__.partition(".")[0]
+        if missing and missing.partition(".")[0] == root != plugin.target.partition(".")[0]:
+            mend = (
+                f"it was written for another version of {OWN_DISTRIBUTION}: "
+                f"`pip install --upgrade {OWN_DISTRIBUTION} {plugin.distribution}`"
+            )
+        elif missing and missing != plugin.entry.module and isinstance(error, ModuleNotFoundError):
             mend = f"it needs `{missing.partition('.')[0]}`, which is not installed"
         else:
             mend = f"reinstall or update it: `pip install --upgrade {plugin.distribution}`"
@@ -232,7 +286,9 @@ def _import(plugin: Installed) -> object:
 
 def _check_api(plugin: Installed, module: object) -> None:
     """A plugin may say which contract it was written for, as `LMCACHE_API = 1`; no statement means the current one."""
-    version = getattr(module, "LMCACHE_API", API_VERSION)
+    version = getattr(module, "LMCACHE_API", None)
+    if version is None:  # the entry may name an object inside the module
+        version = getattr(sys.modules.get(plugin.entry.module), "LMCACHE_API", API_VERSION)
     if version != API_VERSION:
         older = isinstance(version, int) and version < API_VERSION
         update = plugin.distribution if older else OWN_DISTRIBUTION
@@ -243,13 +299,19 @@ def _check_api(plugin: Installed, module: object) -> None:
 
 
 def _register(manager: pluggy.PluginManager, plugin: Installed, module: object) -> None:
+    title = f"{NOUNS[plugin.group]} `{plugin.name}` of {plugin}"
+    _checked_register(manager, title, module, f"{plugin.group}:{plugin.name}")
+
+
+def _checked_register(manager: pluggy.PluginManager, title: str, plugin: object, name: str) -> None:
     try:
-        manager.register(module, name=f"{plugin.group}:{plugin.name}")
+        manager.register(plugin, name=name)
         manager.check_pending()
     except (pluggy.PluginValidationError, ValueError) as error:
-        raise PluginError(f"{NOUNS[plugin.group]} `{plugin.name}` of {plugin} has a wrong hook: {error}") from error
+        raise PluginError(f"{title} has a wrong hook: {error}") from error
 
 
+@functools.lru_cache(maxsize=64)  # registering looks at every name of a module
 def _classes(plugin: Installed, module: object) -> Any:
     """The hooks of this one module: a type name is answered by the plugin that owns it, by no other."""
     manager = _manager()

@@ -12,12 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
 from lmcache_core.layout import KVLayout
-from lmcache_core.redact import hide_urls
+from lmcache_core.redact import hide
 from lmcache_core.types import ChunkKey, Got, Put, Usage
 
 API_VERSION = 1
@@ -28,9 +29,34 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes `true` for 1; in a configuration it is more likely a value in the wrong line."""
+        if isinstance(value, bool) and info.field_name is not None:
+            field = cls.model_fields[info.field_name]
+            kinds = set(_kinds(field.annotation))
+            if (
+                kinds & {int, float}
+                and bool not in kinds
+                and not any(type(m) is BeforeValidator for m in field.metadata)
+            ):
+                raise ValueError("must be a number" if float in kinds else "must be a whole number")
+        return value
+
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
-            yield name, hide_urls(value) if isinstance(value, str) else value
+            yield name, hide(value, name or "")
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The plain types a field takes; nothing where a validator of its own reads them."""
+    arguments = get_args(annotation)
+    if any(type(argument) is BeforeValidator for argument in arguments):
+        return
+    yield annotation
+    for argument in arguments if get_origin(annotation) in (Annotated, Union, UnionType) else ():
+        yield from _kinds(argument)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +73,11 @@ class BuildContext:
     """Most threads that call the backend at the same time."""
     shared: bool = False
     """Memory backends: the region must be mappable by another process of the same user (`Region.share`)."""
+    deadline: float = 5.0
+    """Seconds after which the core gives up on a call of a storage backend. A backend that waits for a network ends its
+    call by then: a call that does not end keeps its thread."""
+    lookup_deadline: float = 5.0
+    """The same for `contains`, which an engine may be waiting for: usually far shorter."""
 
 
 class BackendConfig(Frozen, ABC):
@@ -61,9 +92,29 @@ class BackendConfig(Frozen, ABC):
         """Local directory the tier lives in, or None: what a capacity of `30%` and the directory checks look at."""
         return None
 
+    def memory_bytes(self, context: BuildContext) -> int:
+        """Bytes of memory a storage backend takes for its own buffers: they come out of the memory tier's capacity."""
+        return 0
+
     @abstractmethod
     def build(self, context: BuildContext) -> StorageBackend | MemoryBackend:
         """Make the backend. Raise `BackendUnavailable` (with the fix) when the medium cannot be used."""
+
+
+class PluginConfig(Frozen, ABC):
+    """Base of the settings of a plugin named in `plugins:`; `type` is the plugin's entry-point name."""
+
+    type: str
+    tiers: tuple[str, ...] | None = None
+    """Names of the tiers it is for; every tier without."""
+
+    def applies_to(self, tier: str) -> bool:
+        """Whether it is for the tier of that name."""
+        return self.tiers is None or tier in self.tiers
+
+    @abstractmethod
+    def build(self) -> object:
+        """Make the object whose hooks take part in assembling this pipeline. Raise `ConfigError` when it cannot be."""
 
 
 @dataclass(slots=True)
@@ -105,6 +156,13 @@ class StorageBackend(ABC):
     """True when buffers may be device memory."""
     contains_is_local: ClassVar[bool] = False
     """True when `contains` answers from memory and never waits; then it may run on the engine's thread."""
+
+    def register(self, region: Region) -> None:  # noqa: B027 - most backends have nothing to note
+        """Take note of memory that buffers will come from, for media that must know it beforehand (RDMA, cuFile).
+
+        Called once for each region, at start-up, before any other call. The memory outlives the backend, which must
+        also take buffers from elsewhere. Raise `BackendUnavailable` when the medium cannot use such memory at all.
+        """
 
     @abstractmethod
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:

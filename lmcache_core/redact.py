@@ -12,8 +12,12 @@ from lmcache_core.spelling import distance
 
 HIDDEN = "***"
 
-_NAME = re.compile(r"pass(?!ive)|secret|credential|private|auth|token$|key$|signature", re.IGNORECASE)
+_NAME = re.compile(
+    r"pass(?!ive)|pwd|secret|credential|private|auth|token$|key$|key_?id$|signature|connection_?string|conn_?str",
+    re.IGNORECASE,
+)
 _USERINFO = re.compile(r"(?<=://)[^\s\"']*@")  # to the last @: a password may hold a slash by mistake
+_LOGIN = re.compile(r"(?<![\w/])[^\s\"'`/@:]+:(?!//)[^\s\"'`@]+@(?=[\w\[])")  # without `//`, too
 _QUERY = re.compile(r"(?<=[?&])([^=&\s]*(?:pass|secret|token|key|sig|credential)[^=&\s]*=)([^&#\s]+)", re.IGNORECASE)
 
 
@@ -24,7 +28,21 @@ def telling(name: str) -> bool:
 
 def hide_urls(text: str) -> str:
     """`text` with user names, passwords and tokens in URLs replaced."""
-    return _QUERY.sub(rf"\1{HIDDEN}", _USERINFO.sub(f"{HIDDEN}@", text))
+    return _QUERY.sub(rf"\1{HIDDEN}", _LOGIN.sub(f"{HIDDEN}@", _USERINFO.sub(f"{HIDDEN}@", text)))
+
+
+def hide(value: Any, name: str = "") -> Any:
+    """Plain data for people: no typed secrets, no values under telling names, no secret parts of URLs, at any depth."""
+    if isinstance(value, (SecretStr, SecretBytes)):
+        return HIDDEN
+    if isinstance(value, Mapping):
+        return {key: hide(item, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(hide(item, name) for item in value) if type(value) in (list, tuple) else value
+    if isinstance(value, str):
+        return HIDDEN if value and telling(name) else hide_urls(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return HIDDEN if number and telling(name) else value
 
 
 def collect(value: Any, name: str = "") -> set[str]:

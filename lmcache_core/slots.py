@@ -21,6 +21,7 @@ import numpy as np
 
 from lmcache_core.errors import BackendUnavailable
 from lmcache_core.protocols import EvictionPolicy, Region
+from lmcache_core.tenancy import Share, Shares
 from lmcache_core.types import HEADER_BYTES, ChunkKey, round_up
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ class Slots:
         self.dirty: dict[int, None] = {}
         """Ready slots that a write-back tier does not have yet and that are not on their way, longest waiting first."""
         self.evicted = 0
+        self.shares = policy if isinstance(policy, Shares) else None
+        """Whose the slots are, where tenants have quotas; counted in slots, from `take` until they are free."""
+        self._share_of: list[Share | None] = [None] * self.count
         self._poison = poison
 
     # -- addresses -------------------------------------------------------------------------------------------
@@ -69,24 +73,35 @@ class Slots:
         return np.array(slots, dtype=np.int64) * self.slot_bytes + HEADER_BYTES
 
     # -- states ----------------------------------------------------------------------------------------------
-    def take(self, want: int) -> list[int]:
-        """Take up to `want` slots out of free or cold ready ones; they belong to the caller now."""
+    def take(self, want: int, owner: ChunkKey | None = None) -> list[int]:
+        """Take up to `want` slots out of free or cold ready ones; they belong to the caller now.
+
+        With quotas, `owner` is a key of the tenant they are for: one at its quota gets slots of its own only.
+        """
         free = self.free
+        share = None if self.shares is None or owner is None else self.shares.of(owner)
+        if share is not None and share.quota is not None and share.over(want) > 0:
+            self._evict(share.over(want), share.policy)
+            want = min(want, share.quota - share.used)
         if len(free) < want:
-            self._evict(want - len(free))
+            self._evict(want - len(free), self.policy)
         if want <= 0:
             return []
         taken = free[-want:]
         taken.reverse()
         del free[-want:]
+        if share is not None:
+            share.used += len(taken)
+            for slot in taken:
+                self._share_of[slot] = share
         return taken
 
-    def _evict(self, want: int) -> None:
+    def _evict(self, want: int, policy: EvictionPolicy) -> None:
         victims: list[ChunkKey] = []
         slots: list[int] = []
         kept: list[ChunkKey] = []
         index, pins, dirty = self.index, self.pins, self.dirty
-        for key in islice(self.policy.coldest(), _SCAN + want):
+        for key in islice(policy.coldest(), _SCAN + want):
             slot = index[key]
             if pins[slot] or slot in dirty:
                 kept.append(key)
@@ -109,7 +124,12 @@ class Slots:
         if self._poison:
             for slot in slots:
                 self._scrub(slot)
-        self.free.extend(slots)
+        if self.shares is not None:
+            for slot in slots:
+                share = self._share_of[slot]
+                if share is not None:
+                    share.evicted += 1
+        self._free(slots)
         self.evicted += len(slots)
 
     def publish(self, keys: Sequence[ChunkKey], slots: Sequence[int], created: int, *, sealed: bool) -> None:
@@ -137,7 +157,7 @@ class Slots:
         for slot in slots:
             self.sealed[slot] = 0
             self._scrub(slot)
-        self.free.extend(slots)
+        self._free(slots)
 
     def drop(self, key: ChunkKey, slot: int) -> None:
         """Forget a ready, unpinned chunk and free its slot."""
@@ -147,7 +167,7 @@ class Slots:
         self.sealed[slot] = 0
         self.dirty.pop(slot, None)
         self._scrub(slot)
-        self.free.append(slot)
+        self._free([slot])
 
     def hide(self, key: ChunkKey) -> None:
         """Take a ready chunk out of the index though it may be pinned; its slot is freed with its last pin."""
@@ -172,7 +192,22 @@ class Slots:
             if left == 0 and key_of[slot] is None:
                 self.sealed[slot] = 0  # a writer may have sealed it after it was hidden
                 self._scrub(slot)
-                self.free.append(slot)
+                self._free([slot])
+
+    def _free(self, slots: Sequence[int]) -> None:
+        self.free.extend(slots)
+        if self.shares is not None:
+            for slot in slots:
+                share, self._share_of[slot] = self._share_of[slot], None
+                if share is not None:
+                    share.used -= 1
+
+    def claim(self, prefix: bytes, tenant: str) -> None:
+        """Chunks of an identity belong to `tenant` from now on; see `Shares.claim`."""
+        moved = None if self.shares is None else self.shares.claim(prefix, tenant)
+        if moved is not None:
+            before, after = moved
+            self._share_of = [after if share is before else share for share in self._share_of]
 
     def _scrub(self, slot: int) -> None:
         if self._poison:
@@ -192,6 +227,8 @@ class Slots:
         assert all(not self.pins[slot] for slot in self.free), "a free slot is pinned"
         assert self.dirty.keys() <= set(self.index.values()), "a dirty slot is not ready"
         assert set(self.policy.coldest()) == self.index.keys(), "eviction policy and index disagree"
+        for share in self.shares or ():
+            assert share.used == self._share_of.count(share), "a tenant's slots and its books disagree"
 
 
 def map_shared(share: dict[str, int]) -> Region:

@@ -1,4 +1,4 @@
-"""One storage tier: a backend, perhaps a serde, its index and capacity, two lanes and two breakers.
+"""One storage tier: a backend, perhaps a serde, its index and capacity; a lane and a breaker for each operation.
 
 `read`, `write`, `ask` and `wipe` block and run on threads of the tier; everything else is memory only. No backend error
 leaves this module: each key gets a `MissReason`, and what was not what it claimed to be is quarantined once.
@@ -13,10 +13,12 @@ from time import monotonic
 from typing import Any, Literal, TypeVar
 
 from lmcache_core import seal
+from lmcache_core.cost import ReadSpeed
 from lmcache_core.errors import BackendError, CorruptChunk, NoSpace
 from lmcache_core.lanes import Breaker, Lane
 from lmcache_core.protocols import EvictionPolicy, Region, Serde, StorageBackend
 from lmcache_core.slots import Slots
+from lmcache_core.tenancy import Share, Shares
 from lmcache_core.types import HEADER_BYTES, ChunkKey, MissReason, object_bytes, round_up
 
 _T = TypeVar("_T")
@@ -31,6 +33,9 @@ _RETRIES = 8
 """How often a put that found no space evicts a little more and tries again."""
 
 _MESSAGE_CHARS = 500
+
+ASK_THREADS = 2
+"""Threads that ask a medium what it has: a second one, so that a question that hangs does not stop the next."""
 
 
 class Staging:
@@ -75,6 +80,7 @@ class StorageTier:
         queue: int,
         inflight: int,
         deadline: float,
+        lookup_deadline: float,
         staging: Staging | None,
     ) -> None:
         """`inflight`: bytes of queued and running writes, which pin their slots. Reads are bounded by memory itself.
@@ -88,16 +94,23 @@ class StorageTier:
         self.capacity = capacity
         self.threads = threads
         self.deadline = deadline
+        # Half the time at most for asking: what was found, here or elsewhere, must still be read.
+        self.lookup_deadline = min(lookup_deadline, deadline / 2)
         self.codec = serde.codec if serde else seal.RAW_CODEC
         self.epoch = 0
         """Raised by every clear: work that was asked for before is void."""
         self.counts: Counter[str] = Counter()
+        self.speed = ReadSpeed(threads)
         self._serde = serde
         self._slots = slots
         self._layout_id = layout_id
         self._staging = staging
         self._lock = threading.Lock()
-        self._policy = policy
+        self.policy = policy
+        self.shares = policy if isinstance(policy, Shares) else None
+        """Whose the objects are, where tenants have quotas; counted in bytes of the index."""
+        if self.shares is not None:
+            self.shares.size_of = lambda key: 0 if self._index is None else self._index.get(key, 0)
         self._index: dict[ChunkKey, int] | None = None
         self._used = 0
         self._held = 0
@@ -110,7 +123,9 @@ class StorageTier:
         self._wiping = False
         self._wipe_lock = threading.Lock()
         found = backend.scan()
-        if found is not None:
+        if found is None:
+            self.shares = None  # the medium keeps its own books
+        else:
             self._index = {}
             for key, nbytes in found:
                 self._enter([key], [backend.footprint(nbytes)])
@@ -120,10 +135,17 @@ class StorageTier:
                 if gone:
                     self._delete(gone)
         # Threads last: whatever fails above leaves none behind.
-        self.ask_breaker = Breaker(2 * deadline)
+        self.ask_breaker = Breaker(2 * self.lookup_deadline)
         self.read_lane = Lane(f"{name}-read", threads, queue, slots.region.nbytes, deadline, Breaker(2 * deadline))
         inflight = max(inflight, slots.slot_bytes)
         self.write_lane = Lane(f"{name}-write", threads, queue, inflight, deadline, Breaker(2 * deadline))
+        self.ask_lane: Lane | None = None
+        """For a medium that must be asked; threads of its own, so that no question waits for a long read."""
+        self.lanes = [self.read_lane, self.write_lane]
+        """Each may give work to the next."""
+        if self._index is None and not backend.contains_is_local:
+            self.ask_lane = Lane(f"{name}-ask", ASK_THREADS, queue, 1, self.lookup_deadline, self.ask_breaker)
+            self.lanes.insert(0, self.ask_lane)
 
     # -- index -----------------------------------------------------------------------------------------------
     def present(self, keys: Sequence[ChunkKey]) -> list[bool] | MissReason | None:
@@ -164,7 +186,7 @@ class StorageTier:
         """Note a use, also when the chunks were served from a nearer tier."""
         if self._index is not None:
             with self._lock:
-                self._policy.touch(keys)
+                self.policy.touch(keys)
 
     # -- blocking work, on the lanes -------------------------------------------------------------------------
     def read(self, keys: Sequence[ChunkKey], slots: Sequence[int]) -> list[Outcome]:
@@ -226,7 +248,7 @@ class StorageTier:
             with self._lock:
                 self._writing.difference_update(mine)
                 if self._index is not None:
-                    self._policy.touch(chain)
+                    self.policy.touch(chain)
         return outcomes
 
     # -- clearing --------------------------------------------------------------------------------------------
@@ -237,9 +259,11 @@ class StorageTier:
             self._wiping = True
             if self._index is not None:
                 for key in self._index:
-                    self._policy.remove(key)
+                    self.policy.remove(key)
                 self._index = {}
                 self._used = 0
+                for share in self.shares or ():
+                    share.used = 0
 
     def wipe(self) -> None:
         """Clear the medium after `begin_wipe`. If that fails, the tier stays out of service until a later clear."""
@@ -263,14 +287,19 @@ class StorageTier:
 
     # -- life ------------------------------------------------------------------------------------------------
     def sweep(self) -> None:
-        """Give up on overdue work of both lanes. Called with no lock held."""
-        self.read_lane.sweep()
-        self.write_lane.sweep()
+        """Give up on overdue work of every lane. Called with no lock held."""
+        for lane in self.lanes:
+            lane.sweep()
+
+    def drain(self, timeout: float) -> bool:
+        """Wait until no lane has work; False when that took longer than `timeout` seconds."""
+        end = monotonic() + timeout
+        return all(lane.drain(max(0.0, end - monotonic())) for lane in self.lanes)
 
     def stop(self) -> None:
         """Take no more work; cancel what has not begun. Does not wait."""
-        self.write_lane.stop()
-        self.read_lane.stop()
+        for lane in self.lanes:
+            lane.stop()
 
     def close(self, timeout: float) -> bool:
         """Stop the lanes, then close the backend; blocks as long as its `close` does.
@@ -279,7 +308,7 @@ class StorageTier:
         """
         end = monotonic() + timeout
         self.stop()
-        ended = [lane.join(max(0.0, end - monotonic())) for lane in (self.write_lane, self.read_lane)]
+        ended = [lane.join(max(0.0, end - monotonic())) for lane in self.lanes]
         if not all(ended):
             return False
         try:
@@ -415,14 +444,27 @@ class StorageTier:
         epoch: int,
         chain: Sequence[ChunkKey],
     ) -> None:
-        """Put objects in parts of at most a quarter of the tier, so that its threads do not take each other's room."""
-        quarter = None if self.capacity is None or self._index is None else self.capacity // 4
+        """Put objects in parts of at most a quarter of the tier, so that its threads do not take each other's room.
+
+        With quotas, the same holds for each tenant's part of it, and a part is one tenant's.
+        """
+        part = quarter = None if self.capacity is None or self._index is None else self.capacity // 4
+        if self.shares is not None:
+            with self._lock:
+                owners = {i: self.shares.of(keys[i]) for i, _ in todo}
+            order = {id(share): n for n, share in enumerate(owners.values())}
+            todo.sort(key=lambda entry: order[id(owners[entry[0]])])
         at = 0
         while at < len(todo):
             need, end = 0, at
             while end < len(todo):
                 size = self.backend.footprint(len(todo[end][1]))
-                if quarter is not None and end > at and need + size > quarter:
+                if self.shares is not None:
+                    share = owners[todo[end][0]]
+                    if share is not owners[todo[at][0]]:
+                        break
+                    part = quarter if share.quota is None else share.quota // 4
+                if part is not None and end > at and need + size > part:
                     break
                 need, end = need + size, end + 1
             self._put(todo[at:end], keys, outcomes, epoch, chain)
@@ -443,13 +485,17 @@ class StorageTier:
             sizes = [self.backend.footprint(len(view)) for _, view in todo]
             need = sum(sizes)
             with self._lock:
-                victims = self._make_room(need, attempt, chain)
+                first = keys[todo[0][0]]
+                share = None if self.shares is None else self.shares.of(first)
+                victims = self._make_room(need, attempt, chain, share)
                 if victims is None or (attempt and not victims):
                     break
                 # What is written takes the place of what was evicted for it: those bytes are set aside once.
                 reused = min(need, sum(victims.values()))
                 held = need - reused
                 self._held += held
+                if share is not None:
+                    share.writing += need
             try:
                 if victims:
                     if not self._delete(victims, keep=reused):
@@ -459,6 +505,8 @@ class StorageTier:
             finally:
                 with self._lock:
                     self._held -= held
+                    if self.shares is not None:
+                        self.shares.of(first).writing -= need  # a tenant may have claimed it meanwhile
             if self._index is None:
                 break
         if todo and self._undeleted:
@@ -493,6 +541,7 @@ class StorageTier:
             return []
         again: list[tuple[int, memoryview]] = []
         stored: list[int] = []
+        doubtful: list[ChunkKey] = []
         for at, (entry, result) in enumerate(zip(todo, results, strict=True)):
             if result is None:
                 stored.append(at)
@@ -501,6 +550,9 @@ class StorageTier:
                 again.append(entry)
             else:
                 self._failed("put", result if isinstance(result, Exception) else BackendError(f"put_from: {result!r}"))
+                doubtful.append(batch[at])
+        if doubtful and self._index is not None:
+            self._medium_delete(doubtful)  # stored after all, perhaps, and only the answer was lost
         with self._lock:
             if epoch == self.epoch:
                 self._enter([batch[at] for at in stored], [sizes[at] for at in stored])
@@ -509,35 +561,60 @@ class StorageTier:
         return again
 
     # -- room ------------------------------------------------------------------------------------------------
-    def _make_room(self, need: int, spare: int, chain: Sequence[ChunkKey]) -> dict[ChunkKey, int] | None:
-        """Evict until `need` more bytes fit, at least `spare` keys; None when they never will. Lock held."""
+    def _make_room(
+        self, need: int, spare: int, chain: Sequence[ChunkKey], share: Share | None
+    ) -> dict[ChunkKey, int] | None:
+        """Evict until `need` more bytes of `share` fit, at least `spare` keys; None when they never will. Lock held."""
         if self._index is None:
             return {}
         over = 0 if self.capacity is None else self._used + self._held + need - self.capacity
-        return self._evict(over, spare, chain)
+        if share is None or share.over(need) <= 0:
+            return self._evict(over, spare, chain)
+        own = self._coldest(share.policy, share.over(need), 0, chain, {})
+        if own is None:
+            return None
+        left = self._coldest(self.policy, over - sum(own.values()), spare - len(own), chain, own)
+        return None if left is None else self._evicted([*own, *left])
 
     def _evict(self, over: int, spare: int, chain: Sequence[ChunkKey]) -> dict[ChunkKey, int] | None:
-        """Take the coldest keys, of `over` bytes or more, out of the index; None when it has not so many. Lock held.
+        """Take the coldest keys, of `over` bytes or more, out of the index; None when it has not so many. Lock held."""
+        victims = self._coldest(self.policy, over, spare, chain, {})
+        return None if victims is None else self._evicted(list(victims))
+
+    def _coldest(
+        self,
+        policy: EvictionPolicy,
+        over: int,
+        spare: int,
+        chain: Sequence[ChunkKey],
+        beside: dict[ChunkKey, int],
+    ) -> dict[ChunkKey, int] | None:
+        """The coldest keys of `over` bytes or more, at least `spare`, and not those `beside`; None when there are too
+        few. Lock held.
 
         `chain` stays: a prefix that evicted its own beginning could never be used.
         """
         assert self._index is not None
         if over > self._used:
             return None
-        victims: list[ChunkKey] = []
+        victims: dict[ChunkKey, int] = {}
         freed = 0
         if over > 0 or spare > 0:
             own = set(chain)
-            for key in self._policy.coldest():
-                if key in own:
+            for key in policy.coldest():
+                if key in own or key in beside:
                     continue
-                victims.append(key)
-                freed += self._index[key]
+                victims[key] = self._index[key]
+                freed += victims[key]
                 if freed >= over and len(victims) >= spare:
                     break
-        if freed < over:
-            return None
+        return None if freed < over else victims
+
+    def _evicted(self, victims: list[ChunkKey]) -> dict[ChunkKey, int]:
         self.counts["evicted"] += len(victims)
+        if self.shares is not None:
+            for key in victims:
+                self.shares.of(key).evicted += 1
         return self._take_out(victims)
 
     def _take_out(self, keys: Iterable[ChunkKey]) -> dict[ChunkKey, int]:
@@ -546,7 +623,9 @@ class StorageTier:
         gone: dict[ChunkKey, int] = {}
         for key in keys:
             gone[key] = self._index.pop(key)
-            self._policy.remove(key)
+            self.policy.remove(key)
+            if self.shares is not None:
+                self.shares.of(key).used -= gone[key]
         nbytes = sum(gone.values())
         self._used -= nbytes
         self._held += nbytes
@@ -587,9 +666,18 @@ class StorageTier:
     def _enter(self, keys: Sequence[ChunkKey], sizes: Sequence[int]) -> None:
         if self._index is not None:
             for key, nbytes in zip(keys, sizes, strict=True):
-                self._used += nbytes - self._index.get(key, 0)
+                more = nbytes - self._index.get(key, 0)
+                self._used += more
                 self._index[key] = nbytes
-            self._policy.add(keys)
+                if self.shares is not None:
+                    self.shares.of(key).used += more
+            self.policy.add(keys)
+
+    def claim(self, prefix: bytes, tenant: str) -> None:
+        """Objects of an identity belong to `tenant` from now on; see `Shares.claim`."""
+        if self.shares is not None:
+            with self._lock:
+                self.shares.claim(prefix, tenant)
 
     def count(self, name: str, by: int = 1) -> None:
         """Add to a counter; several threads count at once."""
@@ -621,13 +709,20 @@ class StorageTier:
             "allocated_bytes": usage.allocated_bytes if usage else None,
             "read_paused": self.read_lane.breaker.open or self.ask_breaker.open,
             "write_paused": self.write_lane.breaker.open,
+            "breakers": {
+                "read": self.read_lane.breaker.stats(),
+                "lookup": self.ask_breaker.stats(),
+                "write": self.write_lane.breaker.stats(),
+            },
+            **({} if self.shares is None else {"tenants": self.shares.stats()}),
+            "read_speed": self.speed.stats(),
             "wiping": self._wiping,
             "last_error": self.last_error,
         }
 
     def check(self) -> None:
         """Raise `AssertionError` when index, policy and usage disagree. Call when nothing is being read or written."""
-        for lane in (self.read_lane, self.write_lane):
+        for lane in self.lanes:
             assert not lane.defects, f"{lane.defects} jobs of lane {lane.name} raised"
         with self._lock:
             assert not self._writing, f"tier {self.name}: {len(self._writing)} keys are still being written"
@@ -638,7 +733,10 @@ class StorageTier:
                 return
             total = sum(self._index.values())
             assert self._used == total, f"tier {self.name}: {self._used} bytes in the books, {total} in the index"
-            assert set(self._policy.coldest()) == self._index.keys(), f"tier {self.name}: policy and index disagree"
+            for share in self.shares or ():
+                held = sum(self._index.get(key, 0) for key in share.policy.coldest())
+                assert share.used == held and not share.writing, f"tier {self.name}: a tenant's books do not add up"
+            assert set(self.policy.coldest()) == self._index.keys(), f"tier {self.name}: policy and index disagree"
             if self.capacity is not None:
                 assert total <= self.capacity, f"tier {self.name}: {total} bytes over its capacity {self.capacity}"
 

@@ -39,6 +39,7 @@ class MissReason(enum.StrEnum):
     LAYOUT = "layout"
     CODEC = "codec"
     DEADLINE = "deadline"
+    COST = "cost"
     BREAKER = "breaker"
     BUSY = "busy"
     NO_ROOM = "no_room"

@@ -17,6 +17,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, GetCoreSchemaHandler, WithJsonSchema
 from pydantic_core import CoreSchema, core_schema
 
+from lmcache_core.spelling import closest
+
 _BINARY = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40, "PiB": 1 << 50}
 _DECIMAL = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15}
 _BYTES: dict[str, int] = {
@@ -128,6 +130,9 @@ def _nearby(unit: str, units: dict[str, int] | dict[str, Decimal]) -> str:
     if len(unit) == 1 and units is _BYTES and unit.upper() in "KMGTP":
         letter = unit.upper()
         return f" (`{letter}iB` counts in 1024s, `{'k' if letter == 'K' else letter}B` in 1000s)"
+    words = [*_BINARY, *_DECIMAL] if units is _BYTES else [*_SECONDS][1:]
+    if (near := closest(unit, words)) is not None:
+        return f"; did you mean `{near}`?"
     return " (units: KiB, MiB, GiB, TiB, kB, MB, GB, TB)" if units is _BYTES else " (units: us, ms, s, min, h)"
 
 

@@ -189,8 +189,8 @@ YAML: dict[str, tuple[str, list[Says]]] = {
         [("9:15", "tiers[1].backend.type", "gsd", "did you mean `gds`?")],
     ),
     "backend to install": (
-        change("type: gds", "type: mooncake"),
-        [("9:15", "tiers[1].backend.type", "mooncake", "`pip install lmcache-backend-mooncake`")],
+        change("type: gds", "type: papertape"),
+        [("9:15", "tiers[1].backend.type", "papertape", "`pip install lmcache-backend-papertape`")],
     ),
     "unknown serde": (
         change("write: through", "serde: {type: gzip9}"),
@@ -275,11 +275,11 @@ YAML: dict[str, tuple[str, list[Says]]] = {
     # -- text ------------------------------------------------------------------------------------------------
     "duplicate key": (
         change("    write: through\n", "    capacity: 2GiB\n"),
-        [("8:5", "tiers[1].capacity", "", "given twice (first in line 7)")],
+        [("8:5", "tiers[1].capacity", "2GiB", "given twice (first in line 7)")],
     ),
     "duplicate key inside a plugin": (
         change("{type: cpu}", "{type: cpu, type: gds}"),
-        [("5:26", "tiers[0].backend.type", "", "given twice")],
+        [("5:26", "tiers[0].backend.type", "gds", "given twice")],
     ),
     "alias bomb": (
         "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\ntiers: [*c, *c]\n",
@@ -297,8 +297,14 @@ YAML: dict[str, tuple[str, list[Says]]] = {
     "own tag": (change("64MiB", "!env HOME"), [("4:15", "tiers[0].capacity", "", "the tag `!env`")]),
     "two documents": (GOOD + "---\ntiers: []\n", [("10:1", "", "", "a second document")]),
     "tab": (change("    capacity: 1GiB", "\tcapacity: 1GiB"), [("7:1", "", "", "indent with spaces")]),
-    "unclosed bracket": (change("{type: cpu}", "{type: cpu"), [("6:9", "", "", "not valid YAML")]),
-    "unclosed quote": (change("name: dram", 'name: "dram'), [("10:1", "", "", "not valid YAML")]),
+    "unclosed bracket": (
+        change("{type: cpu}", "{type: cpu"),
+        [("5:14", "", "", "`{` is opened and not closed (noticed in line 6) write the closing `}`")],
+    ),
+    "unclosed quote": (
+        change("name: dram", 'name: "dram'),
+        [("3:11", "", "", "a quote is opened and not closed in its line (noticed in line 10)")],
+    ),
     "a list": ("- tiers\n", [("1:1", "", "", "the file holds a list")]),
     "a word": ("tiers\n", [("1:1", "", "", "the file holds a single value")]),
     "a mapping as a key": ("{a: b}: c\n", [("1:1", "", "", "a key must be a plain word")]),
@@ -347,7 +353,11 @@ TOML: dict[str, tuple[str, list[Says]]] = {
     "unclosed": (TOML_GOOD.replace('{ type = "cpu" }', '{ type = "cpu"'), [("6:", "", "", "not valid TOML")]),
     "far too deep": ("a = " + "[" * 5000 + "]" * 5000, [("", "", "", "nested too deeply")]),
     "too deep": ("a = " + "[" * 20 + "]" * 20, [("", "", "", "nested more than 16 levels deep")]),
-    "a key of many parts": (".".join("a" * 30_000) + " = 1", [("", "", "", "nested more than 16 levels deep")]),
+    "a key of many parts": (".".join("a" * 30_000) + " = 1", [("1:1", "", "", "nested more than 16 levels deep")]),
+    "a key of many parts inside": (
+        "x = 1\ny = {z.'q w'" + ".a" * 30_000 + " = 1}",
+        [("2:1", "", "", "nested more than 16 levels deep")],
+    ),
     "too many": ("a = [" + "1," * 5000 + "]", [("", "", "", "more than 1024 settings")]),
 }
 

@@ -15,7 +15,7 @@ from lmcache_core.protocols import BackendConfig
 from lmcache_core.testing.memory import DictConfig
 from lmcache_core.types import PAGE, ChunkKey
 
-PATIENT = LaneConfig(threads=1, deadline=30.0)
+PATIENT = LaneConfig(threads=1, deadline=30.0, lookup_deadline=15.0)
 """One thread per direction, and no deadline that a slow machine could miss."""
 
 

@@ -21,8 +21,10 @@ from lmcache_backends.gds import GdsConfig
 from lmcache_core.build import STAGING_PER_THREAD, build
 from lmcache_core.config import LaneConfig, PipelineConfig, TierConfig
 from lmcache_core.errors import BackendUnavailable, ConfigError, PluginError, UnknownPlugin, Unsupported
+from lmcache_core.hookspecs import hookimpl
 from lmcache_core.layout import KVLayout
 from lmcache_core.pipeline import Pipeline
+from lmcache_core.plugins import Plugins
 from lmcache_core.protocols import (
     BackendConfig,
     BuildContext,
@@ -83,7 +85,13 @@ class FailingBackend(DictBackend):
         super().__init__({})
         self._point = point
         self._error = error
+        self.regions: list[Region] = []
         self.objects[keys(1)[0]] = bytes(5000)
+
+    def register(self, region: Region) -> None:
+        if self._point == "register":
+            raise fresh(self._error)
+        self.regions.append(region)
 
     def scan(self) -> Any:
         if self._point == "scan":
@@ -204,6 +212,20 @@ def test_a_medium_that_cannot_be_scanned_names_its_tier(layout: KVLayout) -> Non
     broken = TierConfig(name="store", backend=Failing(point="scan", error=KeyError("index")))
     with pytest.raises(PluginError, match="tier `store`: reading what is stored failed: KeyError: 'index'"):
         build(config(broken), layout)
+
+
+@pytest.mark.parametrize("serde", [None, ZstdConfig()], ids=["raw", "encoded"])
+def test_a_backend_is_told_the_memory_its_buffers_come_from(layout: KVLayout, serde: SerdeConfig | None) -> None:
+    tier = TierConfig(name="store", backend=Failing(point="never"), serde=serde)
+    pipeline = build(config(tier, memory=dram(capacity=64 * SLOT)), layout)
+    backend = pipeline.tiers[0].backend
+    assert isinstance(backend, FailingBackend)
+    assert backend.regions[0] is pipeline.slots.region
+    assert len(backend.regions) == (1 if serde is None else 2)
+    pipeline.close()
+    refusing = TierConfig(name="store", backend=Failing(point="register", error=OSError("locked memory")))
+    with pytest.raises(PluginError, match="tier `store`: registering memory failed: OSError: locked memory"):
+        build(config(refusing), layout)
 
 
 def test_an_unknown_plugin_is_named(layout: KVLayout) -> None:
@@ -340,10 +362,30 @@ def test_contexts_tell_backends_what_to_expect(layout: KVLayout) -> None:
     pipeline = build(config(warm, cold, memory=dram(60 * SLOT)), layout)
     bound = ZstdConfig().build(SerdeContext(layout, layout.chunk_bytes)).bound()
     assert seen == [
-        BuildContext("warm", 4096 + layout.chunk_bytes, None, 4),
-        BuildContext("cold", 4096 + bound, MIB, 6),
+        BuildContext("warm", 4096 + layout.chunk_bytes, None, 2 * 2 + 2, lookup_deadline=0.25),
+        BuildContext("cold", 4096 + bound, MIB, 2 * 3 + 2, lookup_deadline=0.25),
     ]
     pipeline.close()
+
+
+def test_memory_of_backends_and_wrappers_comes_out_of_the_budget(layout: KVLayout) -> None:
+    class Greedy(DictConfig):
+        def memory_bytes(self, context: BuildContext) -> int:
+            return 2 * SLOT
+
+    class Wrapper:
+        @hookimpl
+        def lmcache_wrapper_memory(self, config: DictConfig, context: BuildContext) -> int:
+            return 3 * SLOT
+
+    plugins = Plugins()
+    plugins.register(Wrapper(), "wrapper")
+    greedy = TierConfig(name="greedy", backend=Greedy())
+    pipeline = build(config(greedy, memory=dram(12 * SLOT)), layout, plugins=plugins)
+    assert pipeline.slots.count == 12 - 2 - 3
+    pipeline.close()
+    with pytest.raises(ConfigError, match=f"{5 * SLOT} bytes of staging"):
+        build(config(greedy, memory=dram(6 * SLOT)), layout, plugins=plugins)
 
 
 # -- what is built -----------------------------------------------------------------------------------------------

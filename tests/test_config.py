@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from dists import Distributions
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lmcache_backends.cpu import CpuConfig
 from lmcache_backends.gds import GdsConfig
+from lmcache_core import cli
+from lmcache_core.cli import check
 from lmcache_core.config import (
     DEFAULT_CONFIG,
     LaneConfig,
@@ -22,8 +26,11 @@ from lmcache_core.config import (
     load,
     machine,
 )
+from lmcache_core.config.convert import Kind
 from lmcache_core.config.findings import Code, shorten
 from lmcache_core.errors import ConfigError
+from lmcache_core.lanes import Breaker
+from lmcache_core.protocols import BackendConfig, EvictionConfig, PluginConfig, SerdeConfig
 
 ROOT = Path(__file__).parent.parent
 GIB = 1 << 30
@@ -334,12 +341,48 @@ def test_examples_load(example: Path) -> None:
     assert load(example, env={}).config.tiers[0].backend.in_memory
 
 
-def test_the_manual_names_every_key_and_every_code() -> None:
+def _models(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """A model and those inside it, but for plugins' own."""
+    yield model
+    for field in model.model_fields.values():
+        for part in [field.annotation, *get_args(field.annotation), *map(_first, get_args(field.annotation))]:
+            plugin = (BackendConfig, SerdeConfig, EvictionConfig, PluginConfig)
+            if isinstance(part, type) and issubclass(part, BaseModel) and not issubclass(part, plugin):
+                yield from _models(part)
+
+
+def _first(annotation: Any) -> Any:
+    return next(iter(get_args(annotation)), None)
+
+
+def test_the_manual_names_every_setting_and_no_stale_one() -> None:
     manual = (ROOT / "docs/configuration.md").read_text()
-    for model in (PipelineConfig, TierConfig, LaneConfig):
-        for key in model.model_fields:
-            assert f"| `{key}` |" in manual
+    settings = manual[manual.index("## Settings") : manual.index("## Environment")]
+    plugins = settings[settings.index("<!-- begin") : settings.index("<!-- end -->")]
+    tables = "\n".join(re.findall(r"\| key \| default \| meaning \|\n(?:\|.*\n)+", settings.replace(plugins, "")))
+    documented = set(re.findall(r"^\| `(\w+)` \|", tables, re.MULTILINE))
+    models = list(_models(PipelineConfig))
+    assert {TierConfig, LaneConfig} <= set(models)
+    assert documented == {key for model in models for key in model.model_fields}
+
+
+def test_the_manual_has_the_tables_of_the_built_in_plugins(capsys: pytest.CaptureFixture[str]) -> None:
+    manual = (ROOT / "docs/configuration.md").read_text()
+    assert cli.main(["schema", "--markdown"]) == 0
+    written = re.search(r"<!-- begin: lmcachectl schema --markdown -->\n(.*?)<!-- end -->", manual, re.DOTALL)
+    assert written is not None
+    assert written[1] == capsys.readouterr().out, "run it again and paste it"
+
+
+def test_the_manual_names_every_code_key_and_kind() -> None:
+    manual = (ROOT / "docs/configuration.md").read_text()
     for code in Code:
         assert f"| `{code}` |" in manual
     for key in classic.TRANSLATED:
         assert f"`{key}`" in manual
+    for kind in Kind:
+        assert f"| `{kind}` |" in manual
+    for words in (f"{Breaker.ERRORS_IN_A_ROW} errors in a row", f"{Breaker.DEADLINES_IN_A_ROW} missed deadlines"):
+        assert words in manual
+    assert f"{Breaker.RATE:.0%}".replace("%", " %") in manual
+    assert f"{check._BUILD_S:.0f} seconds" in manual

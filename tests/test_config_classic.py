@@ -98,6 +98,7 @@ def test_classic_variables_beside_a_tiered_file_are_reported(tmp_path: Path) -> 
         ("cache_policy: S4-FIFO", "cache_policy", "S4-FIFO", "no eviction policy `s4-fifo` is installed"),
         ("remote_url: far://h", "remote_url", "far://h", "`pip install lmcache-backend-far`"),
         ("remote_url: host", "remote_url", "host", "must be a URL"),
+        ("remote_url: fs://h:0/kv", "remote_url", "fs://h:0/kv", "`lmcachectl config from-lmcache FILE -o OUT`"),
         ("colour: red", "colour", "red", "unknown key"),
     ],
 )
@@ -118,3 +119,10 @@ def test_a_remote_url_reaches_its_plugin(tmp_path: Path, monkeypatch: pytest.Mon
     loaded = load({"remote_url": "s3://bucket/kv", "remote_serde": "naive", "max_local_cpu_size": 0.1}, env={})
     backend = loaded.config.tiers[1].backend
     assert (backend.type, backend.url) == ("s3", "s3://bucket/kv")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("scheme", ["redis", "valkey", "resp"])
+def test_urls_of_redis_and_its_kin(scheme: str) -> None:
+    loaded = load({"remote_url": f"{scheme}://host:6379", "max_local_cpu_size": 0.1}, env={})
+    backend = loaded.config.tiers[1].backend
+    assert (backend.type, backend.url) == ("redis", "redis://host:6379")  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,3 +70,20 @@ def test_a_budget_above_the_groups_limit_is_refused(fake: Path) -> None:
     with pytest.raises(ConfigError, match=r"439 KiB of memory are more than the 391 KiB"):
         load({"tiers": [tier]}, env={})
     assert isinstance(load({"tiers": [{**tier, "capacity": 390000}]}, env={}), Loaded)
+
+
+def test_a_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kv").mkdir(mode=0o700)
+    tier: dict[str, Any] = {
+        "name": "disk",
+        "capacity": "1MiB",
+        "backend": {"type": "gds", "path": str(tmp_path / "kv")},
+    }
+    tiers = [{"name": "dram", "capacity": "1MiB", "backend": {"type": "cpu"}}, tier]
+    load({"tiers": tiers}, env={})
+    # The tests may run as a user who may write everywhere.
+    monkeypatch.setattr("lmcache_core.config.checks.os.access", lambda path, mode: path != tmp_path / "kv")
+    with pytest.raises(ConfigError, match=rf"cannot write to `{tmp_path}/kv`") as error:
+        load({"tiers": tiers}, env={})
+    assert error.value.problems[0].path == "tiers[1].backend.path"
+    load({"tiers": [tiers[0], {**tier, "write": "never"}]}, env={})

@@ -1,24 +1,29 @@
 """Every code block of the README and of docs/ is executed, by its language:
 
-* `yaml`, `toml`: loads as a configuration.
+* `yaml`, `toml`: loads as a configuration. `toml pyproject` announces plugins in groups that exist.
 * `python`: runs in a process of its own, in an empty directory that holds `examples/`. `python tiny-model` gets a
   tiny random Llama as `model` and a prompt as `inputs` first.
 * `bash`: `lmcachectl` lines run; of `make` lines the target must exist. `bash no-run` is for what needs a server, a
   download or another machine, and may only start with one of `NOT_RUN`.
 * `text` and `json` are not code.
+
+With the word `shelf` a block finds the tutorial's first plugin installed, as the tutorial writes it.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from lmcache_core.config import load
+from lmcache_core.plugins import GROUPS
 
 ROOT = Path(__file__).parent.parent
 NOT_RUN = (
@@ -58,11 +63,40 @@ def blocks() -> list[object]:
     return found
 
 
+def block(page: Path, info: str) -> str:
+    """The one block of a page with these words after its fence."""
+    (code,) = (match.group(2) for match in FENCE.finditer(page.read_text()) if match.group(1).strip() == info)
+    return code
+
+
+def install_shelf(place: Path) -> None:
+    """The tutorial's plugin as an installed distribution."""
+    page = ROOT / "docs" / "plugins.md"
+    project = tomllib.loads(block(page, "toml pyproject"))
+    name, version = project["project"]["name"], project["project"]["version"]
+    (module,) = project["tool"]["setuptools"]["py-modules"]
+    (place / f"{module}.py").write_text(block(page, "python first-plugin"))
+    info = place / f"{module}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    entries = [
+        f"[{group}]\n" + "\n".join(f"{key} = {value}" for key, value in each.items())
+        for group, each in project["project"]["entry-points"].items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(entries))
+
+
 @pytest.mark.parametrize("info, code", blocks())
-def test_block(info: str, code: str, tmp_path: Path) -> None:
+def test_block(info: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     language, _, option = info.partition(" ")
-    if language in ("yaml", "toml"):
+    if option == "shelf":
+        install_shelf(tmp_path)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
+    if (language, option) == ("toml", "pyproject"):
+        assert set(tomllib.loads(code)["project"]["entry-points"]) <= set(GROUPS)
+    elif language in ("yaml", "toml"):
         file = tmp_path / f"config.{language}"
         file.write_text(code)
         assert load(file, env={}).config.tiers

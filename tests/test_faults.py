@@ -173,7 +173,7 @@ def test_cold_dirty_chunks_do_not_block_memory(
     other = keys[4:8]
     store(pipeline, other)
     settle(pipeline)
-    monkeypatch.setattr(pipeline, "_dirty_limit", 8)
+    monkeypatch.setattr(pipeline._down, "dirty_limit", 8)
     store(pipeline, keys[8:12])
     with pipeline.retrieve(other):
         pass
@@ -193,7 +193,8 @@ def test_a_backend_that_raises_everywhere(
 ) -> None:
     injector = FaultInjector({"store": Rates()})
     backend = DictConfig(scannable=scannable, local=False)
-    pipeline = pipelines(tier(backend=backend, lane=LaneConfig(threads=2, deadline=30.0)), injector=injector)
+    lane = LaneConfig(threads=2, deadline=30.0, lookup_deadline=15.0)
+    pipeline = pipelines(tier(backend=backend, lane=lane), injector=injector)
     store(pipeline, keys[:2])
     settle(pipeline)
     injector["store"].fail[method] = error
@@ -246,7 +247,8 @@ def test_a_backend_that_returns_nonsense(
 ) -> None:
     injector = FaultInjector({"store": Rates()})
     backend = DictConfig(scannable=method != "contains", local=False)
-    pipeline = pipelines(tier(backend=backend, lane=LaneConfig(threads=1, deadline=30.0)), injector=injector)
+    lane = LaneConfig(threads=1, deadline=30.0, lookup_deadline=15.0)
+    pipeline = pipelines(tier(backend=backend, lane=lane), injector=injector)
     store(pipeline, keys[:2])
     settle(pipeline)
     injector["store"].forge[method] = forged
@@ -353,7 +355,7 @@ def test_a_serde_that_misbehaves(pipelines: BuildPipeline, keys: list[ChunkKey],
 def test_threads_of_an_encoded_tier_share_its_staging(pipelines: BuildPipeline, keys: list[ChunkKey]) -> None:
     """A large batch on one thread must leave the other threads their buffers."""
     injector = FaultInjector({"store": Rates()})
-    config = tier(serde=FlipConfig(), lane=LaneConfig(threads=2, deadline=30.0))
+    config = tier(serde=FlipConfig(), lane=LaneConfig(threads=2, deadline=30.0, lookup_deadline=15.0))
     pipeline = pipelines(config, staging=2 * STAGING, slots=40, injector=injector)
     injector["store"].hold("put_from")
     store(pipeline, keys[:8])

@@ -56,6 +56,7 @@ OTHER: dict[str, list[Any]] = {
     "kv_group": [1, 10],
     "engine": ["", "vllm-cpu"],
     "salt": [None, "", "S", "None", "s\0"],
+    "fidelity": ["half-1", "HALF-1"],
 }
 """For each field of Identity other values than the base's."""
 

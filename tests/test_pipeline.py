@@ -20,7 +20,7 @@ from lmcache_core.types import ChunkKey, MissReason
 
 pytestmark = pytest.mark.timeout(60)
 
-PATIENT = LaneConfig(threads=2, deadline=30.0)
+PATIENT = LaneConfig(threads=2, deadline=30.0, lookup_deadline=15.0)
 
 
 def held(objects: dict[ChunkKey, bytes], names: Sequence[ChunkKey]) -> list[bool]:
@@ -618,6 +618,7 @@ def test_stats_are_plain_and_complete(pipelines: BuildPipeline) -> None:
     assert stats["stored"] == 3 and stats["hits"] == {"dram": 3, "store": 0}
     assert stats["tiers"]["dram"] == {
         "slots": 4, "slot_bytes": 8192, "ready": 3, "free": 1, "dirty": 0, "evicted": 0, "pinned": 0,
+        "eviction_trouble": "",
     }  # fmt: skip
     store_stats = stats["tiers"]["store"]
     assert (store_stats["used_bytes"], store_stats["objects"], store_stats["written"]) == (2 * OBJECT, 2, 2)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from math import inf
 from time import monotonic
 from typing import Any
 
@@ -17,6 +18,7 @@ from conftest import BuildPipeline
 from lmcache_core import pipeline as pipeline_module
 from lmcache_core.config import LaneConfig
 from lmcache_core.errors import BackendError
+from lmcache_core.handles import Locate
 from lmcache_core.lanes import Breaker
 from lmcache_core.pipeline import Pipeline
 from lmcache_core.testing.faults import FaultInjector, Rates
@@ -30,7 +32,7 @@ PROMPT_S = 0.5
 """Far more than any call that does not wait takes, far less than the minute that a held medium hangs."""
 
 QUICK = LaneConfig(threads=2, deadline=0.1)
-PATIENT = LaneConfig(threads=2, deadline=30.0)
+PATIENT = LaneConfig(threads=2, deadline=30.0, lookup_deadline=15.0)
 ALL_METHODS = ("contains", "get_into", "put_from", "delete")
 
 
@@ -104,6 +106,93 @@ def test_the_caller_is_free_at_its_deadline(pipelines: BuildPipeline, method: st
         assert len(lease) == 0
 
 
+@pytest.mark.parametrize("healthy", [False, True], ids=["alone", "beside a healthy tier"])
+def test_a_question_has_a_deadline_of_its_own(pipelines: BuildPipeline, healthy: bool) -> None:
+    """Half a minute for a read, a twentieth of a second to say what there is to read."""
+    injector = FaultInjector({"store": Rates(), "other": Rates()})
+    names = keys(3)
+    lane = LaneConfig(threads=1, deadline=30.0, lookup_deadline=0.05)
+    others = [tier("other", lane=PATIENT)] if healthy else []
+    pipeline = filled(pipelines, tier(backend=remote(), lane=lane), *others, names=names, injector=injector)
+    injector["store"].hold("contains")
+    expected = ["other"] * 3 if healthy else []
+    for _ in range(2):
+        watch = Stopwatch()
+        hit = pipeline.lookup(names)
+        assert watch(hit.wait, 30.0) and hit.sources == expected and not hit.pending
+        with watch(pipeline.retrieve, names) as lease:
+            assert lease.sources == expected
+            assert healthy or lease.reason in (MissReason.DEADLINE, MissReason.BREAKER)
+        assert watch.longest < 0.05 + PROMPT_S
+        pipeline.clear("dram")
+    stats = pipeline.stats()["tiers"]["store"]["breakers"]
+    assert stats["lookup"]["state"] == "open" and stats["lookup"]["trips"] == 1 and stats["lookup"]["for_s"] >= 0
+    assert stats["read"] == stats["write"] == {"state": "closed", "trips": 0, "for_s": None}
+
+
+def test_an_engine_that_polls_is_free_at_the_deadline_of_the_question(pipelines: BuildPipeline) -> None:
+    """Also behind questions that hang, and with nobody waiting in `wait`."""
+    injector = FaultInjector({"store": Rates()})
+    lane = LaneConfig(threads=1, deadline=30.0, lookup_deadline=0.1)
+    pipeline = filled(pipelines, tier(backend=remote(), lane=lane), names=keys(3), injector=injector)
+    injector["store"].hold("contains")
+    transfers = [pipeline.fetch(keys(3)) for _ in range(4)]
+    begin = monotonic()
+    while not all(transfer.done for transfer in transfers):
+        assert monotonic() < begin + 0.1 + PROMPT_S
+    for transfer in transfers:
+        with transfer.result() as lease:
+            assert len(lease) == 0 and lease.reason is MissReason.DEADLINE
+
+
+def test_the_deadline_of_a_question_is_kept_to_the_moment(
+    pipelines: BuildPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only when somebody looks for overdue work, nor later because the question began late."""
+    monkeypatch.setattr("lmcache_core.handles._SWEEP_S", 20.0)
+    injector = FaultInjector({"store": Rates()})
+    lane = LaneConfig(threads=1, deadline=30.0, lookup_deadline=0.05)
+    pipeline = filled(pipelines, tier(backend=remote(), lane=lane), names=keys(3), injector=injector)
+    injector["store"].hold("contains")
+    watch = Stopwatch()
+    assert watch(pipeline.lookup(keys(3)).wait, 30.0)
+    assert watch(serve, pipeline, keys(3)) == []
+    monkeypatch.setattr(pipeline.tiers[0], "sweep", lambda: None)
+    transfer = pipeline.fetch(keys(3, 50))
+    begin = monotonic()
+    while not transfer.done:
+        assert monotonic() < begin + PROMPT_S
+    transfer.cancel()
+    assert watch.longest < PROMPT_S
+
+
+def test_tiers_that_are_late_are_given_up_one_by_one() -> None:
+    answers: list[Locate] = []
+    found = Locate(3, 2, answers.append)
+    found.expect(1, 10.0)
+    found.expect(2, 20.0)
+    assert not found.immediate and found.expire(9.9) == 10.0
+    found.answer(0, [True, False])
+    assert found.expire(10.0) == 20.0 and found.reason is MissReason.DEADLINE and not answers
+    found.answer(1, [True, True])
+    assert found.expire(30.0) == inf and answers == [found] and found.event.is_set()
+    assert found.present == [[True, False], [False, False], [False, False]], "an answer that comes too late is ignored"
+
+
+def test_a_question_does_not_wait_for_reads_that_hang(pipelines: BuildPipeline) -> None:
+    injector = FaultInjector({"store": Rates()})
+    lane = LaneConfig(threads=1, deadline=30.0, lookup_deadline=10.0)
+    pipeline = filled(pipelines, tier(backend=remote(), lane=lane), names=keys(3), injector=injector)
+    injector["store"].hold("get_into")
+    reading = pipeline.fetch(keys(3))
+    injector["store"].wait_held()
+    watch = Stopwatch()
+    hit = pipeline.lookup(keys(5))
+    assert watch(hit.wait, 30.0) and hit.count == 3
+    assert watch.longest < PROMPT_S
+    reading.cancel()
+
+
 def test_the_callers_own_timeout_is_kept_and_the_read_goes_on(pipelines: BuildPipeline) -> None:
     injector = FaultInjector({"store": Rates()})
     names = keys(3)
@@ -160,7 +249,7 @@ def test_other_tiers_go_on(pipelines: BuildPipeline, method: str) -> None:
 def test_the_breaker_opens_at_the_third_missed_deadline(pipelines: BuildPipeline, method: str, backend: Any) -> None:
     injector = FaultInjector({"store": Rates()})
     names = keys(6)
-    lane = LaneConfig(threads=4, deadline=0.1)
+    lane = LaneConfig(threads=4, deadline=0.3)
     pipeline = filled(pipelines, tier(backend=backend(), lane=lane), names=names, injector=injector)
     injector["store"].hold(method)
     reasons = []

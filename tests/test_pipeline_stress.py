@@ -143,16 +143,17 @@ def containers(thing: Any) -> Iterator[tuple[str, int]]:
 def sizes(pipeline: Pipeline) -> dict[str, int]:
     found = dict(containers(pipeline)) | dict(containers(pipeline.slots))
     for storage in pipeline.tiers:
-        for part in (storage, storage.read_lane, storage.write_lane, storage._policy):
+        for part in (storage, storage.read_lane, storage.write_lane, storage.policy):
             found |= {f"{storage.name}.{name}": size for name, size in containers(part)}
     return found
 
 
 def test_nothing_grows(pipelines: BuildPipeline) -> None:
     """After warm-up, thousands of operations over ever new keys leave every container and the heap as they were."""
+    lane = LaneConfig(threads=2, deadline=30.0, lookup_deadline=15.0)
     pipeline = pipelines(
-        tier("near", capacity=30 * OBJECT, lane=LaneConfig(threads=2, deadline=30.0)),
-        tier("far", write="back", capacity=40 * OBJECT, lane=LaneConfig(threads=2, deadline=30.0)),
+        tier("near", capacity=30 * OBJECT, lane=lane),
+        tier("far", write="back", capacity=40 * OBJECT, lane=lane),
         slots=32,
     )  # fmt: skip
     number = 0

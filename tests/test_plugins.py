@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dists import Distributions
+from dists import BACKEND, Distributions
 
 from lmcache_backends.cpu import CpuConfig, CpuMemory
+from lmcache_core.cli import main
+from lmcache_core.cli.rigs import GdsRig
 from lmcache_core.config import PipelineConfig, TierConfig, load
-from lmcache_core.errors import PluginConflict, PluginError, UnknownPlugin
+from lmcache_core.errors import ConfigError, PluginConflict, PluginError, UnknownPlugin
 from lmcache_core.eviction.lru import LruConfig
-from lmcache_core.plugins import BACKENDS, GROUPS, PLUGINS, SERDES, Plugins, installed
-from lmcache_core.protocols import BuildContext, MemoryBackend, StorageBackend
+from lmcache_core.plugins import BACKENDS, GROUPS, PLUGINS, RIGS, SERDES, Plugins, installed
+from lmcache_core.protocols import API_VERSION, BuildContext, MemoryBackend, StorageBackend
+from lmcache_core.testing.rig import find_rig
 
 CONTEXT = BuildContext(tier="t", object_bytes=8192, capacity=1 << 20, threads=1)
 
@@ -72,15 +77,16 @@ def test_unknown_names_say_what_is_near_what_is_there_and_how_to_get_it(dists: D
     dists.backend("redis")
     with pytest.raises(UnknownPlugin) as near:
         Plugins().backend("reddis")
-    assert "no backend `reddis` is installed; did you mean `redis`? installed: cpu, gds, redis" in str(near.value)
-    with pytest.raises(UnknownPlugin, match=r"`pip install lmcache-backend-mooncakestore`"):
-        Plugins().backend("mooncakestore")
+    assert "no backend `reddis` is installed; did you mean `redis`? installed: " in str(near.value)
+    assert all(f" {name}," in str(near.value) for name in ("cpu", "gds"))
+    with pytest.raises(UnknownPlugin, match=r"`pip install lmcache-backend-floppydisk`"):
+        Plugins().backend("floppydisk")
     with pytest.raises(UnknownPlugin, match=r"no serde `zstdd` is installed; did you mean `zstd`\?"):
         Plugins().serde("zstdd")
-    with pytest.raises(UnknownPlugin, match="no eviction policy `arc`"):
-        Plugins().eviction("arc")
-    with pytest.raises(UnknownPlugin, match="no plugin `encrypt` is installed; installed: none"):
-        Plugins(["encrypt"])
+    with pytest.raises(UnknownPlugin, match="no eviction policy `random_mess`"):
+        Plugins().eviction("random_mess")
+    with pytest.raises(UnknownPlugin, match=r"no plugin `levitate` is installed; .*installed: "):
+        Plugins(["levitate"])
 
 
 def test_what_is_installed_after_the_first_look_is_found(dists: Distributions) -> None:
@@ -286,3 +292,109 @@ def test_an_entry_may_name_an_object_of_a_module(dists: Distributions) -> None:
     policy = Plugins().eviction("mine")()
     config = PipelineConfig(tiers=(TierConfig(name="a", capacity=1 << 20, backend=CpuConfig(), eviction=policy),))
     assert config.tiers[0].eviction.type == "mine"
+
+
+def test_a_new_process_imports_nothing_of_what_is_only_installed(dists: Distributions, tmp_path: Path) -> None:
+    """Every group at once, through loading, building and the commands that look at a configuration."""
+    name = "plug_quiet"
+    entries = {group: {"quiet": name} for group in GROUPS[:4]} | {RIGS: {"quiet": f"{name}:Rig"}}
+    source = "import pathlib; pathlib.Path(__file__).with_suffix('.imported').touch(); raise SystemExit('imported')"
+    dists.add("acme-plugin", entries, {name: source})
+    config = tmp_path / "lmcache.yaml"
+    config.write_text(
+        "chunk_tokens: 16\ntiers:\n"
+        "  - {name: dram, capacity: 4MiB, backend: {type: cpu}}\n"
+        f"  - {{name: disk, capacity: 64MiB, serde: {{type: zstd}}, backend: {{type: gds, path: {tmp_path}/kv}}}}\n"
+    )
+    program = """
+import sys
+from lmcache_core.build import build
+from lmcache_core.cli import main
+from lmcache_core.config import load
+from lmcache_core.layout import KVLayout
+loaded = load(sys.argv[1], env={})
+build(loaded.config, KVLayout("lknhd", "bfloat16", 2, 2, 1, 8, chunk_tokens=16, block_tokens=4)).close()
+for command in ("explain", "check", "plugins"):
+    assert main([command, sys.argv[1]]) == 0
+assert not [name for name in sys.modules if name.startswith("plug_")]
+"""
+    env = {**os.environ, "PYTHONPATH": str(dists.path)}
+    done = subprocess.run([sys.executable, "-c", program, str(config)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "acme-plugin" in done.stdout, "`plugins` lists it"
+    assert not dists.imported(name)
+
+
+STOPPED = {
+    "missing": ({}, "", ["no backend `acme` is installed", "`pip install lmcache-backend-acme`"]),
+    "import error": ({BACKENDS: {"acme": "plug_acme"}}, "import not_there", ["it needs `not_there`"]),
+    "hook missing": ({BACKENDS: {"acme": "plug_acme"}}, "", ["does not implement the hook `lmcache_backends`"]),
+    "too new": ({BACKENDS: {"acme": "plug_acme"}}, "LMCACHE_API = 2", ["`pip install --upgrade lmcache-core`"]),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_broken_named_plugin_stops_the_start(
+    dists: Distributions, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    entries, source, says = STOPPED[name]
+    if entries:
+        dists.add("acme-plugin", entries, {"plug_acme": source}, version="4.5.6")
+        says = [*says, "acme-plugin 4.5.6"]
+    file = tmp_path / "lmcache.yaml"
+    tiers = "  - {name: dram, capacity: 1MiB, backend: {type: cpu}}\n  - name: far\n    backend: {type: acme}\n"
+    file.write_text(f"tiers:\n{tiers}")
+    with pytest.raises(ConfigError) as refused:
+        load(file, env={})
+    assert main(["check", str(file)]) == 2
+    for text in (str(refused.value), capsys.readouterr().err):
+        assert f"{file}:4:" in text and "tiers[1].backend" in text
+        assert all(words in text for words in says), text
+
+
+def test_two_distributions_of_one_name_stop_the_start(dists: Distributions) -> None:
+    dists.backend("s9", "first-s9", "plug_first")
+    dists.backend("s9", "second-s9", "plug_second")
+    tiers = [
+        {"name": "dram", "capacity": "1MiB", "backend": {"type": "cpu"}},
+        {"name": "cold", "backend": {"type": "s9", "url": "s9://bucket"}},
+    ]
+    with pytest.raises(ConfigError, match=r"first-s9 1\.2\.3 .* and second-s9 1\.2\.3 [\s\S]*`pip uninstall first-s9`"):
+        load({"tiers": tiers}, env={})
+    assert not dists.imported("plug_first") and not dists.imported("plug_second")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_kind_of_plugin_says_its_api(dists: Distributions, group: str) -> None:
+    """Also when the entry names an object of the module."""
+    source = "LMCACHE_API = 99\nclass Thing: pass"
+    dists.add("acme-plugin", {group: {"acme": "plug_acme:Thing"}}, {"plug_acme": source}, version="4.5.6")
+    with pytest.raises(
+        PluginError, match=r"of acme-plugin 4\.5\.6 .*written for plugin API 99, this lmcache-core has 1"
+    ):
+        Plugins().load(group, "acme")
+
+
+@pytest.mark.parametrize(
+    "source", ["from lmcache_core.protocols import NotThereYet", "import lmcache_core.protocols_of_tomorrow"]
+)
+def test_a_plugin_for_another_core_says_so(dists: Distributions, source: str) -> None:
+    dists.add("acme-plugin", {BACKENDS: {"acme": "plug_acme"}}, {"plug_acme": source})
+    with pytest.raises(PluginError, match=r"written for another version .*--upgrade lmcache-core acme-plugin`"):
+        Plugins().backend("acme")
+
+
+def test_the_api_of_this_version_is_fine(dists: Distributions) -> None:
+    source = f"LMCACHE_API = {API_VERSION}\n" + BACKEND.replace("{name}", "acme")
+    dists.add("acme-plugin", {BACKENDS: {"acme": "plug_acme"}}, {"plug_acme": source})
+    assert Plugins().backend("acme").__module__ == "plug_acme"
+
+
+def test_rigs_are_found_by_the_backends_type(dists: Distributions) -> None:
+    plugins = Plugins()
+    assert plugins.rig("nobodys") is None
+    assert plugins.rig("gds") is GdsRig
+    dists.add("acme-plugin", {RIGS: {"acme": "plug_acme:thing"}}, {"plug_acme": "thing = 5"})
+    assert Plugins().rig("acme") == 5
+    with pytest.raises(PluginError, match="names 5, not a subclass of Rig"):
+        find_rig(Plugins(), "acme")

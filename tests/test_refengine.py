@@ -47,7 +47,7 @@ from lmcache_serde.zstd import ZstdConfig
 pytestmark = [pytest.mark.usefixtures("quick_breaker"), pytest.mark.timeout(120)]
 
 DEFAULTS = EngineOptions()
-LANE = LaneConfig(threads=2, deadline=10.0)
+LANE = LaneConfig(threads=2, deadline=10.0, lookup_deadline=5.0)
 """No deadline that a busy machine would miss, so that the tier is used and not paused."""
 HASTY = LaneConfig(threads=2, deadline=0.05)
 """For tiers that hang."""

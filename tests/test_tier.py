@@ -60,7 +60,7 @@ def make(layout: KVLayout) -> Iterator[Callable[..., StorageTier]]:
     def make(backend: StorageBackend, *, slots: Slots | None = None, serde: Serde | None = None, **options: Any) -> Any:
         options = {
             "write": "through", "promote": True, "capacity": None, "threads": 2, "queue": 8, "inflight": 1 << 20,
-            "deadline": 30.0, "staging": None, **options,
+            "deadline": 30.0, "lookup_deadline": 15.0, "staging": None, **options,
         }  # fmt: skip
         slots = slots or slots_for(layout)
         built = StorageTier("store", backend, serde, Lru(), slots, layout.id, **options)
@@ -541,7 +541,7 @@ def test_errors_of_usage_and_close_are_counted(make: Callable[..., StorageTier])
 def test_check_finds_books_that_do_not_add_up(layout: KVLayout) -> None:
     for message, damage in {
         "bytes in the books": lambda t: setattr(t, "_used", t._used + 1),
-        "policy and index disagree": lambda t: t._policy.remove(keys(1)[0]),
+        "policy and index disagree": lambda t: t.policy.remove(keys(1)[0]),
         "set aside": lambda t: setattr(t, "_held", 1),
         "over its capacity": lambda t: setattr(t, "capacity", 1),
         "still being written": lambda t: t._writing.add(keys(1)[0]),
@@ -550,7 +550,7 @@ def test_check_finds_books_that_do_not_add_up(layout: KVLayout) -> None:
     }.items():
         tier = StorageTier(
             "store", Medium(), None, Lru(), slots_for(layout), layout.id, write="through", promote=True,
-            capacity=9 * OBJECT, threads=1, queue=1, inflight=1, deadline=1.0, staging=None,
+            capacity=9 * OBJECT, threads=1, queue=1, inflight=1, deadline=1.0, lookup_deadline=0.5, staging=None,
         )  # fmt: skip
         put(tier, keys(2))
         tier.check()

@@ -15,6 +15,9 @@ from lmcache_backends.gds.geometry import Geometry, TooSmall
 from lmcache_backends.gds.segments import SegmentVolume
 from lmcache_core.errors import ConfigError, Problem
 from lmcache_core.hookspecs import hookimpl
+from lmcache_core.isolation import storage as isolation
+from lmcache_core.isolation.mounts import network_file_system
+from lmcache_core.isolation.storage import IsolatedStorage
 from lmcache_core.protocols import BackendConfig, BuildContext
 from lmcache_core.units import ByteSize, Percent, Size
 
@@ -42,6 +45,9 @@ class GdsConfig(BackendConfig):
     """Size of one segment file; by default a 64th of the capacity, within reason."""
     inodes: Annotated[int, Field(ge=64)] | None = None
     """Most files and directories in `mode: files`, a million by default."""
+    isolate: Literal["auto", "always", "never"] = "auto"
+    """Do the I/O in a process of its own: a hung file system may then hold that one for ever, and not the engine.
+    `auto`: on network and FUSE file systems. Takes one chunk of memory for each thread of the lane."""
 
     @model_validator(mode="after")
     def _options_of_the_mode(self) -> Self:
@@ -54,8 +60,18 @@ class GdsConfig(BackendConfig):
     def local_directory(self) -> Path | None:
         return self.path
 
-    def build(self, context: BuildContext) -> DiskBackend:
+    @property
+    def isolated(self) -> bool:
+        """Whether the I/O runs in a process of its own."""
+        return self.isolate == "always" or (self.isolate == "auto" and network_file_system(self.path) is not None)
+
+    def memory_bytes(self, context: BuildContext) -> int:
+        return isolation.memory_bytes(context) if self.isolated else 0
+
+    def build(self, context: BuildContext) -> DiskBackend | IsolatedStorage:
         """Open the directory. Raise `ConfigError` for a capacity that is missing or too small, `BackendUnavailable`."""
+        if self.isolated:
+            return IsolatedStorage(self.model_copy(update={"isolate": "never"}), context)
         capacity = context.capacity
         if capacity is None:
             raise _error(

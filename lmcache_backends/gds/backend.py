@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Protocol, TypeVar
 
@@ -52,8 +53,8 @@ class DiskBackend(StorageBackend):
         self._volume: Volume | None = open_volume(None)
         self._device = self._volume.folder.device
         self._turn = threading.Lock()
-        self._reads = threading.Semaphore(turns)
-        self._writes = threading.Semaphore(turns)
+        self._reads = _Turns(turns)
+        self._writes = _Turns(turns)
         self._closed = False
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
@@ -110,6 +111,33 @@ class DiskBackend(StorageBackend):
             if self._volume is None:
                 self._volume = self._open_volume(self._device)
             return self._volume
+
+
+class _Turns:
+    """A semaphore that serves callers in the order they came. One that a busy thread can take again at once, as
+    `threading.Semaphore` can be, starves the others for seconds."""
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._lock = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            gate = threading.Lock()
+            gate.acquire()
+            self._waiting.append(gate)
+        gate.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._free += 1
 
 
 def _bare(results: list[_T]) -> list[_T]:

@@ -36,6 +36,7 @@ class Bypass(enum.StrEnum):
     HOOKS = "hooks"
     AUTOCAST = "autocast"
     MOVED = "moved"
+    TENANT = "tenant"
     ERROR = "error"
 
 

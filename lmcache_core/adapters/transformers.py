@@ -92,11 +92,13 @@ def attach(
     *,
     tokenizer: Any = None,
     salt: str | None = None,
+    tenant: str | None = None,
 ) -> Handle:
     """Make `model.generate()` reuse KV through the pipeline that `config` describes.
 
     `config` is whatever `lmcache_core.config.load` takes: a model, a mapping, a YAML or TOML file, or None for the
-    environment. `salt` separates tenants: different salts never share. `tokenizer`, where given, takes part in the
+    environment. `salt` keeps apart what must not be shared: different salts never share. `tenant` is whose calls these
+    are, where the configuration has `tenancy`; see `Handle.tenant`. `tokenizer`, where given, takes part in the
     identity. The handle is a context manager that detaches and closes.
 
     Raise `Unsupported`, with the reason, for a model whose KV could not be reused exactly, and what `load` and `build`
@@ -107,7 +109,7 @@ def attach(
     tokenizer_digest = _tokenizer_digest(tokenizer)
     pipeline = build(settings, geometry.layout(settings.chunk_tokens))
     try:
-        return Handle(model, pipeline, geometry, tokenizer_digest, salt)
+        return Handle(model, pipeline, geometry, tokenizer_digest, salt, tenant)
     except BaseException:
         pipeline.close()
         raise
@@ -152,12 +154,15 @@ class Handle:
         geometry: Geometry,
         tokenizer_digest: str = "",
         salt: str | None = None,
+        tenant: str | None = None,
     ) -> None:
         self.model = model
         self.pipeline = pipeline
         self.geometry = geometry
         self.paged = geometry.device.type == "cpu"
         """Copy straight between slots and the cache's tensors; otherwise through the device, a chunk at a time."""
+        self.tenant = tenant
+        """Whose the next calls are, where the configuration has `tenancy`; without one they are not cached."""
         self.last = Call()
         """The most recent call."""
         self.counts: Counter[str] = Counter()
@@ -197,7 +202,7 @@ class Handle:
         self.close()
 
     def identity(self) -> Identity:
-        """Who the KV of the next call belongs to: the model as it is in memory now."""
+        """Who the KV of the next call belongs to, but for its tenant: the model as it is in memory now."""
         with self._lock:
             if not self._guard.holds():
                 self._guard = Guard(self.model)
@@ -216,6 +221,7 @@ class Handle:
             tokenizer=self._tokenizer_digest,
             engine=engine,
             salt=self._salt,
+            fidelity=self.pipeline.fidelity,
         )
 
     # -- one call ----------------------------------------------------------------------------------------------
@@ -306,9 +312,12 @@ class Handle:
             return False
         return bool((ids == pad).any())
 
-    def _load(self, ids: NDArray[np.int64]) -> tuple[TokenChain, Any, Call]:
+    def _load(self, ids: NDArray[np.int64]) -> tuple[TokenChain, Any, Call] | Bypass:
         """A cache that holds the longest stored prefix of the prompt, at least one token short of it."""
-        chain = TokenChain(self.identity())
+        identity = self.pipeline.tenant_identity(self.identity(), self.tenant)
+        if identity is None:
+            return Bypass.TENANT
+        chain = TokenChain(identity)
         chain.extend(ids)
         cache = DynamicCache(config=self.model.config)
         usable = (len(ids) - 1) // chain.chunk_tokens

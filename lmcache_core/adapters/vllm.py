@@ -195,7 +195,8 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
             pipeline.close()
             raise ConfigError(f"tier {pipeline.memory_name}: vLLM's worker cannot map such memory; use type: cpu")
         recompute = self._kv_transfer_config.kv_load_failure_policy == "recompute"
-        self._identities = _Identities(base)
+        base = replace(base, fidelity=pipeline.fidelity)
+        self._identities = _Identities(base, pipeline)
         scheduler = Scheduler(
             pipeline,
             self._identities.admit,
@@ -316,11 +317,17 @@ def _tables(scheduler_output: Any) -> Callable[[str], list[int] | None]:
     return table
 
 
+TENANT = "lmcache.tenant"
+"""Key of `kv_transfer_params` under which the operator's gateway names the tenant of a request, and overwrites whatever
+the caller wrote there. vLLM's own prefix cache knows no tenants: the gateway sets `cache_salt` as well."""
+
+
 class _Identities:
     """Identity of each request: the model's, with its adapter and its tenant."""
 
-    def __init__(self, base: Identity) -> None:
+    def __init__(self, base: Identity, pipeline: Pipeline) -> None:
         self._base = base
+        self._pipeline = pipeline
         self._adapters = compat.Adapters()
 
     def admit(self, request: Request) -> Identity | str:
@@ -333,7 +340,9 @@ class _Identities:
         except Unsupported as error:
             logger.warning_once("lmcache-core: requests with this adapter are not cached: %s", error)
             return "lora"
-        return self._base.with_request(lora=lora, salt=request.cache_salt)  # type: ignore[attr-defined]
+        identity = self._base.with_request(lora=lora, salt=request.cache_salt)  # type: ignore[attr-defined]
+        tenant = (getattr(request, "kv_transfer_params", None) or {}).get(TENANT)
+        return self._pipeline.tenant_identity(identity, tenant if isinstance(tenant, str) else None) or "tenant"
 
     def new_epoch(self) -> None:
         """Keep apart what is stored from now on."""

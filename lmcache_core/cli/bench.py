@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,12 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lmcache_core.cli import bench_common, bench_disk, bench_tiers
-from lmcache_core.cli.bench_common import CHUNK_TOKENS, Effort, Ratio
+from lmcache_core.cli import bench_backend, bench_common, bench_disk, bench_tiers
+from lmcache_core.cli.bench_common import CHUNK_TOKENS, Effort, Ratio, work_directory
 from lmcache_core.cli.bench_disk import DiskResult
 from lmcache_core.cli.console import OK, add_json, emit, table
 from lmcache_core.cli.layouts import flat, preset
-from lmcache_core.cli.model import default_directory
 from lmcache_core.errors import LMCacheError
 from lmcache_core.layout import KVLayout
 from lmcache_core.units import format_bytes
@@ -81,6 +78,7 @@ def add(subparsers: Any) -> None:
     tiers.add_argument("--chunk-bytes", type=int, metavar="N", help=f"one chunk size instead of {' and '.join(MODELS)}")
     add_json(tiers)
     tiers.set_defaults(run=run_tiers)
+    bench_backend.register(kinds)
 
 
 def run_tiers(args: argparse.Namespace) -> int:
@@ -88,7 +86,7 @@ def run_tiers(args: argparse.Namespace) -> int:
     layouts = _layouts(args.chunk_bytes)
     effort = bench_common.effort(args.quick)
     on_disk = dict(list(layouts.items())[:1]) if args.quick else layouts
-    with _directory(args.path) as directory:
+    with work_directory(args.path) as directory:
         result = measure_tiers(layouts, on_disk, directory, effort)
     result["options"] = {"quick": args.quick, "path": str(args.path) if args.path else None, **asdict(effort)}
     if args.json:
@@ -104,21 +102,6 @@ def _layouts(chunk_bytes: int | None) -> dict[str, KVLayout]:
     if chunk_bytes < CHUNK_TOKENS or chunk_bytes % CHUNK_TOKENS:
         raise LMCacheError(f"--chunk-bytes {chunk_bytes}: must be a positive multiple of {CHUNK_TOKENS}, its tokens")
     return {format_bytes(chunk_bytes): flat(chunk_bytes // CHUNK_TOKENS, CHUNK_TOKENS)}
-
-
-@contextmanager
-def _directory(path: Path | None) -> Iterator[Path]:
-    """A new directory in `path` for the files of one run, removed at the end."""
-    parent = path if path is not None else default_directory().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(prefix="bench-", dir=parent))
-    except OSError as error:
-        raise LMCacheError(f"cannot write to {parent}: {error.strerror}; give another directory with --path") from error
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextmanager

@@ -10,8 +10,11 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shutil
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -23,7 +26,9 @@ import numpy as np
 from lmcache_backends.cpu import CpuMemory
 from lmcache_core import _native
 from lmcache_core.build import build
+from lmcache_core.cli.model import default_directory
 from lmcache_core.config import load, machine
+from lmcache_core.errors import LMCacheError
 from lmcache_core.layout import KVLayout
 from lmcache_core.pipeline import Pipeline
 from lmcache_core.types import IDENTITY_BYTES, KEY_BYTES, ChunkKey, object_bytes, round_up
@@ -81,6 +86,21 @@ def last_level_cache() -> int:
         if text.endswith("K") and text[:-1].isdigit():
             sizes.append(int(text[:-1]) << 10)
     return max(sizes)
+
+
+@contextmanager
+def work_directory(path: Path | None) -> Iterator[Path]:
+    """A new directory in `path` (default: the cache directory) for the files of one run, removed at the end."""
+    parent = path if path is not None else default_directory().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        directory = Path(tempfile.mkdtemp(prefix="bench-", dir=parent))
+    except OSError as error:
+        raise LMCacheError(f"cannot write to {parent}: {error.strerror}; give another directory with --path") from error
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def interleave(arms: Mapping[str, Arm], rounds: int) -> dict[str, list[float]]:

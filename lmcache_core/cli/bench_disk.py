@@ -157,7 +157,7 @@ def controls(directory: Path, arena: Arena, nbytes: int) -> tuple[list[Control],
 class DiskTier:
     """A pipeline over a disk tier that holds twice what fits into memory, so that reads in rotation are from disk."""
 
-    def __init__(self, layout: KVLayout, directory: Path, size: int, source: Arena) -> None:
+    def __init__(self, layout: KVLayout, directory: Path, size: int, source: Arena, io: str = "auto") -> None:
         """Write once over every part of the disk tier, as the controls do with their files."""
         self._size = size
         self._nbytes = size * layout.chunk_bytes
@@ -166,7 +166,7 @@ class DiskTier:
         disk = {
             "name": "disk",
             "capacity": (_HELD * size + 2) * stored + (16 << 20),
-            "backend": {"type": "gds", "path": str(directory), "free_floor": "1%"},
+            "backend": {"type": "gds", "path": str(directory), "free_floor": "1%", "io": io},
             "lane": {"inflight": self._queued, "queue": 2 * size + 64, "deadline": _PATIENCE},
         }
         # A lane gets at most a quarter of memory.
@@ -287,7 +287,7 @@ def measure_disk(layout: KVLayout, directory: Path, effort: Effort) -> DiskResul
     source = Arena(layout.chunk_bytes, size * stored)
     source.fill()
     ways, baseline = controls(directory, source, size * layout.chunk_bytes)
-    chosen, looked_at = _finalists(ways, effort)
+    chosen, looked_at = finalists(ways, effort)
     tier = DiskTier(layout, directory / "tier", size, source)
 
     def control(way: Control, direction: Direction) -> Arm:
@@ -308,7 +308,7 @@ def measure_disk(layout: KVLayout, directory: Path, effort: Effort) -> DiskResul
     return DiskResult(ratios["put"], ratios["get"], baseline, looked_at, _is_direct(directory))
 
 
-def _finalists(
+def finalists(
     ways: list[Control], effort: Effort
 ) -> tuple[dict[Direction, list[Control]], dict[str, dict[str, float]]]:
     """Run every control once per direction; keep the fastest."""

@@ -6,24 +6,31 @@ import argparse
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from lmcache_core import redact
 from lmcache_core.build import build
 from lmcache_core.cli.console import OK, PROBLEM, add_json, emit, table, warn, working
 from lmcache_core.cli.layouts import add_model, of_model
 from lmcache_core.config import PipelineConfig, TierConfig, load
 from lmcache_core.errors import ConfigError
+from lmcache_core.hookspecs import hookimpl
 from lmcache_core.layout import KVLayout
 from lmcache_core.pipeline import Pipeline
+from lmcache_core.plugins import Plugins
+from lmcache_core.protocols import BackendConfig, BuildContext, MemoryBackend, SerdeContext, StorageBackend
+from lmcache_core.testing.serde import kv_like
 from lmcache_core.tier import StorageTier
 from lmcache_core.types import KEY_BYTES, ChunkKey
-from lmcache_core.units import format_bytes, format_seconds
+from lmcache_core.units import format_bytes, format_seconds, parse_seconds
+
+T = TypeVar("T")
 
 _CHUNKS = 4
 _PART_MEMORY = 1 << 30
@@ -32,6 +39,10 @@ _PATIENCE = 4
 """How many deadlines of its lane a tier gets for the whole round trip, """
 _PATIENCE_S = 10.0
 """and at least so many seconds."""
+_BUILD_S = 30.0
+"""Seconds for building one backend: it connects, or reads what an earlier process left."""
+_FILL_S_PER_GIB = 1.0
+"""Seconds more for each GiB of memory, which is touched page by page."""
 
 
 @dataclass(slots=True)
@@ -59,8 +70,25 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("file", nargs="?", type=Path, help="YAML or TOML (default: LMCACHE_CONFIG_FILE, environment)")
     add_model(parser)
+    parser.add_argument(
+        "--timeout",
+        type=_duration,
+        metavar="TIME",
+        help=f"how long building one backend, and one round trip, may take, e.g. 2min (default: {_BUILD_S:.0f}s for "
+        f"building, {_PATIENCE} deadlines of the tier and at least {_PATIENCE_S:.0f}s for the round trip)",
+    )
     add_json(parser)
     parser.set_defaults(run=run)
+
+
+def _duration(text: str) -> float:
+    try:
+        seconds = parse_seconds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not 0 < seconds <= 86400:
+        raise argparse.ArgumentTypeError("must be above 0 and at most a day")
+    return seconds
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +101,10 @@ def run(args: argparse.Namespace) -> int:
     before = _open_files()
     started = perf_counter()
     with working("building the pipeline and trying every tier"):
-        rows, opened = _check(config, layout, before)
+        rows, opened = _Check(config, layout, args.timeout).run(before)
+    secrets = redact.collect(config.model_dump())
+    for row in rows:
+        row.detail = redact.scrub(row.detail, secrets)  # clients repeat addresses and credentials in their errors
     seconds = perf_counter() - started
     ok = all(row.ok for row in rows)
     if args.json:
@@ -96,46 +127,152 @@ def _small(chunk_tokens: int) -> KVLayout:
     return KVLayout("lknhd", "bfloat16", 4, 2, 2, 64, chunk_tokens, chunk_tokens)
 
 
-def _check(config: PipelineConfig, layout: KVLayout, before: int) -> tuple[list[Row], int]:
-    """One row per tier, and how many files the whole pipeline holds open (0 when it could not be built)."""
-    memory, *storage = config.tiers
-    try:
-        pipeline = build(config, layout)
-    except Exception as error:  # a plugin's own exceptions are findings here, whatever they are
-        return _one_by_one(config, layout, error), 0
-    try:
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a build is doing, since when and for how long it may."""
+
+    tier: str | None
+    """The tier whose backend is being built; None for everything after the backends."""
+    what: str
+    since: float
+    limit: float
+
+
+class _Watch:
+    """Follows a build from backend to backend, from inside: a plugin around every `build`."""
+
+    def __init__(self, config: PipelineConfig, limit: float) -> None:
+        gib = sum(tier.capacity or 0 for tier in config.tiers if tier.backend.in_memory) / (1 << 30)
+        self._limit = limit
+        self._rest = limit + _FILL_S_PER_GIB * gib
+        self.step = self._next(None, "preparing the tiers")
+        self.built: list[MemoryBackend | StorageBackend] = []
+
+    def _next(self, tier: str | None, what: str) -> _Step:
+        return _Step(tier, what, perf_counter(), self._rest if tier is None else self._limit)
+
+    @hookimpl(wrapper=True, tryfirst=True)
+    def lmcache_build_backend(
+        self, config: BackendConfig, context: BuildContext
+    ) -> Generator[None, MemoryBackend | StorageBackend, MemoryBackend | StorageBackend]:
+        self.step = self._next(context.tier, f"building backend `{config.type}`")
+        try:
+            self.built.append((yield))
+            return self.built[-1]
+        finally:
+            self.step = self._next(None, "allocating memory and reading what is stored")
+
+
+@dataclass(frozen=True, slots=True)
+class _Hung:
+    """A build that did not end in its time. Its thread stays behind; nothing waits for it."""
+
+    tier: str | None
+    reason: str
+
+
+class _Check:
+    """Tries the tiers of one configuration; nothing that hangs keeps it."""
+
+    def __init__(self, config: PipelineConfig, layout: KVLayout, timeout: float | None) -> None:
+        self._config = config
+        self._layout = layout
+        self._timeout = timeout
+
+    def run(self, before: int) -> tuple[list[Row], int]:
+        """One row per tier, and how many files the whole pipeline holds open (0 when it could not be built)."""
+        memory, *storage = self._config.tiers
+        pipeline = self._build(self._config)
+        if not isinstance(pipeline, Pipeline):
+            return self._one_by_one(pipeline), 0
         opened = _open_files() - before
         rows = [_try_memory(memory, pipeline)]
-        rows += [_try(tier, pipeline.tiers[i], pipeline) for i, tier in enumerate(storage)]
+        rows += [self._try(tier, pipeline.tiers[i], pipeline) for i, tier in enumerate(storage)]
+        self._close(pipeline)
         return rows, opened
-    finally:
-        pipeline.close()
 
+    def _build(self, config: PipelineConfig) -> Pipeline | _Hung | Exception:
+        """The pipeline, or why there is none; a plugin's own exceptions are findings here, whatever they are."""
+        watch = _Watch(config, self._timeout or _BUILD_S)
+        plugins = Plugins()
+        plugins.register(watch, "lmcachectl-check")
+        answer = _started("check-build", lambda: build(config, self._layout, plugins=plugins))
+        while True:
+            step = watch.step
+            try:
+                return answer.get(timeout=max(0.0, step.since + step.limit - perf_counter()))
+            except queue.Empty:
+                if watch.step is step:
+                    # What was built may hold locks that the next try needs.
+                    closing = [_started("check-close", backend.close) for backend in watch.built]
+                    _wait(closing, step.limit)
+                    return _Hung(step.tier, f"{step.what} has not ended within {format_seconds(step.limit)}")
 
-def _one_by_one(config: PipelineConfig, layout: KVLayout, whole: Exception) -> list[Row]:
-    """The pipeline could not be built: find out whose fault it is, tier by tier."""
-    memory, *storage = config.tiers
-    rows: list[Row] = []
-    try:
-        pipeline = build(config.model_copy(update={"tiers": (memory,)}), layout)
-    except Exception as error:
-        rows.append(_failed(memory, _reason(error)))
-        return rows + [_failed(tier, f"not tried: tier `{memory.name}` failed") for tier in storage]
-    rows.append(_try_memory(memory, pipeline))
-    pipeline.close()
-    small = memory.model_copy(update={"capacity": min(memory.capacity or 0, _PART_MEMORY)})
-    for tier in storage:
+    def _one_by_one(self, whole: _Hung | Exception) -> list[Row]:
+        """The pipeline could not be built: find out whose fault it is, tier by tier."""
+        config = self._config
+        memory, *storage = config.tiers
+        known = {whole.tier: whole.reason} if isinstance(whole, _Hung) else {}
+        rows: list[Row] = []
+        if memory.name in known:
+            alone: Pipeline | _Hung | Exception = whole
+        else:
+            alone = self._build(config.model_copy(update={"tiers": (memory,)}))
+        if not isinstance(alone, Pipeline):
+            rows.append(_failed(memory, _reason(alone)))
+            return rows + [_failed(tier, f"not tried: tier `{memory.name}` failed") for tier in storage]
+        rows.append(_try_memory(memory, alone))
+        self._close(alone)
+        small = memory.model_copy(update={"capacity": min(memory.capacity or 0, _PART_MEMORY)})
+        for tier in storage:
+            if tier.name in known:
+                rows.append(_failed(tier, known[tier.name]))
+                continue
+            pipeline = self._build(config.model_copy(update={"tiers": (small, tier)}))
+            if not isinstance(pipeline, Pipeline):
+                rows.append(_failed(tier, _reason(pipeline)))
+                continue
+            rows.append(self._try(tier, pipeline.tiers[0], pipeline))
+            self._close(pipeline)
+        if all(row.ok for row in rows):
+            # Every tier works alone; together they do not fit.
+            rows[0] = _failed(memory, _reason(whole))
+        return rows
+
+    def _try(self, tier: TierConfig, storage: StorageTier, pipeline: Pipeline) -> Row:
+        limit = self._timeout or max(_PATIENCE_S, _PATIENCE * tier.lane.deadline)
+        answer = _started(f"check-{tier.name}", lambda: _round_trip(tier, storage, pipeline))
         try:
-            pipeline = build(config.model_copy(update={"tiers": (small, tier)}), layout)
+            row = answer.get(timeout=limit)
+        except queue.Empty:
+            return _failed(tier, f"no answer within {format_seconds(limit)}: the medium hangs")
+        return row if isinstance(row, Row) else _failed(tier, _reason(row))
+
+    def _close(self, pipeline: Pipeline) -> None:
+        """Close the pipeline, but never wait for a medium that hangs."""
+        limit = self._timeout or _BUILD_S
+        answer = _started("check-close", lambda: pipeline.close(min(_PATIENCE_S, limit)))
+        try:
+            error = answer.get(timeout=2 * limit)
+        except queue.Empty:
+            warn(f"closing the pipeline has not ended within {format_seconds(2 * limit)}")
+        else:
+            if error is not None:
+                warn(f"closing the pipeline failed: {type(error).__name__}")
+
+
+def _started(name: str, work: Callable[[], T]) -> queue.SimpleQueue[T | Exception]:
+    """Run `work` on a thread that nobody has to wait for; the queue gets its result, or what it raised."""
+    answer: queue.SimpleQueue[T | Exception] = queue.SimpleQueue()
+
+    def attempt() -> None:
+        try:
+            answer.put(work())
         except Exception as error:
-            rows.append(_failed(tier, _reason(error)))
-            continue
-        rows.append(_try(tier, pipeline.tiers[0], pipeline))
-        pipeline.close()
-    if all(row.ok for row in rows):
-        # Every tier works alone; together they do not fit.
-        rows[0] = _failed(memory, _reason(whole))
-    return rows
+            answer.put(error)
+
+    threading.Thread(target=attempt, name=name, daemon=True).start()
+    return answer
 
 
 def _try_memory(tier: TierConfig, pipeline: Pipeline) -> Row:
@@ -154,26 +291,8 @@ def _try_memory(tier: TierConfig, pipeline: Pipeline) -> Row:
     return Row(tier.name, tier.backend.type, True, detail, middle - start, end - middle, sum(map(len, data)))
 
 
-def _try(tier: TierConfig, storage: StorageTier, pipeline: Pipeline) -> Row:
-    limit = max(_PATIENCE_S, _PATIENCE * tier.lane.deadline)
-    answer: queue.SimpleQueue[Row] = queue.SimpleQueue()
-
-    def attempt() -> None:
-        try:
-            answer.put(_round_trip(tier, storage, pipeline))
-        except Exception as error:
-            answer.put(_failed(tier, _reason(error)))
-
-    # A hung medium holds its thread for ever; the command reports it and goes on.
-    threading.Thread(target=attempt, name=f"check-{tier.name}", daemon=True).start()
-    try:
-        return answer.get(timeout=limit)
-    except queue.Empty:
-        return _failed(tier, f"no answer within {format_seconds(limit)}: the medium hangs")
-
-
 def _round_trip(tier: TierConfig, storage: StorageTier, pipeline: Pipeline) -> Row:
-    data = _random(pipeline)
+    data = _numbers(pipeline) if tier.lossy else _random(pipeline)
     keys = _keys(len(data))
     if tier.write == "never":
         start = perf_counter()
@@ -195,7 +314,7 @@ def _round_trip(tier: TierConfig, storage: StorageTier, pipeline: Pipeline) -> R
                     room.view(i)[:] = bytes(len(data[i]))
                 problem = _problem("read", storage, storage.read(keys, room.slots))
             end = perf_counter()
-            if problem is None and not all(bytes(room.view(i)) == chunk for i, chunk in enumerate(data)):
+            if problem is None and not (tier.lossy or all(bytes(room.view(i)) == d for i, d in enumerate(data))):
                 problem = "bytes read back differ from the bytes written"
         finally:
             storage.forget(keys)
@@ -221,6 +340,12 @@ def _random(pipeline: Pipeline) -> list[bytes]:
     return [generator.bytes(pipeline.layout.chunk_bytes) for _ in range(min(_CHUNKS, pipeline.slots.count))]
 
 
+def _numbers(pipeline: Pipeline) -> list[bytes]:
+    """What a lossy serde is made for: random bytes are rarely numbers."""
+    context = SerdeContext(layout=pipeline.layout, chunk_bytes=pipeline.layout.chunk_bytes)
+    return [kv_like(context, seed) for seed in range(min(_CHUNKS, pipeline.slots.count))]
+
+
 def _keys(count: int) -> list[ChunkKey]:
     """Keys of no identity: they meet no real chunk."""
     return [ChunkKey(os.urandom(KEY_BYTES)) for _ in range(count)]
@@ -230,7 +355,19 @@ def _failed(tier: TierConfig, reason: str) -> Row:
     return Row(tier.name, tier.backend.type, False, reason)
 
 
-def _reason(error: Exception) -> str:
+def _wait(answers: Sequence[queue.SimpleQueue[Any]], limit: float) -> None:
+    """Give several things `limit` seconds together to end."""
+    end = perf_counter() + limit
+    for answer in answers:
+        try:
+            answer.get(timeout=max(0.0, end - perf_counter()))
+        except queue.Empty:
+            return
+
+
+def _reason(error: _Hung | Exception) -> str:
+    if isinstance(error, _Hung):
+        return error.reason
     if isinstance(error, ConfigError):
         return "; ".join(f"{p.what}" + (f" (fix: {p.fix})" if p.fix else "") for p in error.problems)
     return str(error) or repr(error)

@@ -7,7 +7,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretBytes, SecretStr
 
 from lmcache_core import redact
 from lmcache_core.build import STAGING_PER_THREAD
@@ -23,6 +23,7 @@ from lmcache_core.types import object_bytes, round_up
 from lmcache_core.units import format_bytes
 
 _BYTES = ("capacity", "inflight")
+_SECRETS = (SecretStr, SecretBytes)
 
 
 def add(subparsers: Any) -> None:
@@ -86,8 +87,8 @@ def settings(loaded: Loaded) -> list[dict[str, Any]]:
             for i, item in enumerate(value):
                 walk(item, shown[i], (*loc, i))
         else:
-            hidden = isinstance(shown, str) and redact.telling(str(loc[-1]))
-            plain = redact.HIDDEN if hidden else redact.hide_urls(shown) if isinstance(shown, str) else shown
+            name = next((part for part in reversed(loc) if isinstance(part, str)), "")
+            plain = redact.HIDDEN if isinstance(value, _SECRETS) else redact.hide(shown, name)
             found.append({"path": dotted(loc), "value": plain, "origin": loaded.provenance[dotted(loc)]})
 
     walk(loaded.config, loaded.config.model_dump(mode="json"), ())

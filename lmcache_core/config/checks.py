@@ -27,7 +27,12 @@ def machine_findings(config: PipelineConfig) -> list[Finding]:
         if directory is None:
             continue
         loc: Loc = ("tiers", i, "backend", "path")
-        problem = _directory(loc, directory) or _overlap(loc, directory, directories) or _disk(i, tier, directory)
+        problem = (
+            _directory(loc, directory)
+            or _writable(loc, tier, directory)
+            or _overlap(loc, directory, directories)
+            or _disk(i, tier, directory)
+        )
         if problem is not None:
             found.append(problem)
         directories.append((i, directory))
@@ -82,6 +87,15 @@ def _directory(loc: Loc, directory: Path) -> Finding | None:
                 loc, f"others may write to it ({mode})", planted, f"`chmod 700 {nearest}`", code=Code.MACHINE
             )
     return None
+
+
+def _writable(loc: Loc, tier: TierConfig, directory: Path) -> Finding | None:
+    nearest = machine.existing(directory)
+    if tier.write == "never" or os.access(nearest, os.W_OK | os.X_OK):
+        return None
+    what = f"this user (uid {os.geteuid()}) cannot write to `{nearest}`"
+    fix = f"`chown {_user()} {nearest}`, or choose another directory"
+    return Finding(loc, what, "nothing could be stored", fix, code=Code.MACHINE)
 
 
 def _overlap(loc: Loc, directory: Path, others: list[tuple[int, Path]]) -> Finding | None:

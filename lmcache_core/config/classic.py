@@ -20,7 +20,7 @@ from lmcache_core.units import parse_bytes
 
 T = TypeVar("T")
 
-OURS = frozenset({"chunk_tokens", "verify", "plugins", "tiers"})
+OURS = frozenset({"chunk_tokens", "verify", "recompute", "tenancy", "plugins", "tiers"})
 TRANSLATED = (
     "chunk_size",
     "local_cpu",
@@ -78,6 +78,29 @@ DROPPED: dict[str, str] = {
     "enable_nixl_storage": _NOT_HERE,
     "enable_kv_events": _NOT_HERE,
     "track_usage": "there is no telemetry",
+    "local_cpu_use_hugepages": "huge pages are asked for wherever the kernel gives them",
+    "mp_host": "there is no cache server to connect to: the pipeline lives beside the engine",
+    "mp_port": "there is no cache server to connect to: the pipeline lives beside the engine",
+    "gds_path_sharding": "write one tier for each directory",
+    "gds_buffer_size": "the `gds` backend reads straight into memory slots",
+    "use_gds": "the `gds` backend chooses its way of reading by `io:`",
+    "gds_backend": "the `gds` backend chooses its way of reading by `io:`",
+    "maru_path": _NOT_HERE,
+    "maru_pool_size": _NOT_HERE,
+    "priority_limit": "every chunk is stored",
+    "enable_scheduler_bypass_lookup": "lookups always run beside the engine's scheduler",
+    "script_allowed_imports": "no script is ever run",
+    "run_script_api_enabled": "no script is ever run",
+    "remote_config_url": "a configuration is one file and the environment, never fetched",
+    "app_id": "a configuration is one file and the environment, never fetched",
+    "enable_hidden_state_cache": _NOT_HERE,
+    "max_hidden_state_cpu_size": _NOT_HERE,
+    "hidden_state_layers": _NOT_HERE,
+    "hidden_states_retrieve_mode": _NOT_HERE,
+    "enable_chunk_statistics": "the pipeline always counts",
+    "enable_xpyd": _NOT_HERE,
+    "external_backends": _PLUGIN,
+    "ec": "there is no cache of encoder outputs",
 }
 _FAMILIES: dict[str, str] = {
     "blend_": _NOT_HERE,
@@ -91,10 +114,14 @@ _FAMILIES: dict[str, str] = {
     "lookup_server_": _NOT_HERE,
     "lazy_": "memory is allocated once, at start-up",
     "enable_lazy_": "memory is allocated once, at start-up",
-    "mooncake_": _NOT_HERE,
+    "mooncake_": "settings of the `mooncake` backend are written in its tier",
+    "chunk_statistics_": "the pipeline always counts",
+    "ec_": "there is no cache of encoder outputs",
     "s3_": "settings of the `s3` backend are written in its tier",
 }
-_SCHEMES = {"redis": "redis", "rediss": "redis", "valkey": "redis", "unix": "redis", "fs": "fsspec", "file": "fsspec"}
+_SCHEMES = {"redis": "redis", "rediss": "redis", "valkey": "redis", "resp": "redis", "unix": "redis"}
+_CONVERTED = frozenset({"fs", "file", "redis-sentinel", "redis-cluster", "mooncakestore"})
+"""What takes more than the URL to say."""
 _OWN_VARIABLES = frozenset({"LMCACHE_CONFIG_FILE", "LMCACHE_NATIVE"})
 _DEFAULT_CPU_GIB = 5.0
 _GIB = 1 << 30
@@ -207,6 +234,12 @@ class _Translation:
         if not isinstance(url, str) or not separator:
             self._wrong("remote_url", "must be a URL", "write e.g. `remote_url: redis://host:6379`")
             return
+        if scheme in _CONVERTED:
+            fix = "`lmcachectl config from-lmcache FILE -o OUT` writes the tier, with what it lacks"
+            self._wrong("remote_url", f"`{scheme}://` needs more than a URL says", fix)
+            return
+        if scheme in ("valkey", "resp"):
+            url = f"redis{separator}{url.partition(separator)[2]}"
         i = self._tier("remote_url", {"name": "remote", "backend": {"type": _SCHEMES.get(scheme, scheme), "url": url}})
         self._draft.origins["tiers", i, "backend"] = self._sources["remote_url"]
         serde = self._given.get("remote_serde")
@@ -234,10 +267,10 @@ class _Translation:
     # -- values ----------------------------------------------------------------------------------------------
     def _gib(self, key: str, default: float) -> int | None:
         """A classic size, a number of GiB, in bytes; sizes with a unit are understood too."""
-        return self._value(key, int(default * _GIB), _parse_gib, "must be a size in GiB", "write e.g. `5.0`")
+        return self._value(key, int(default * _GIB), parse_gib, "must be a size in GiB", "write e.g. `5.0`")
 
     def _bool(self, key: str) -> bool | None:
-        return self._value(key, True, _parse_bool, "must be true or false", "write `true` or `false`")
+        return self._value(key, True, parse_bool, "must be true or false", "write `true` or `false`")
 
     def _value(self, key: str, default: T, parse: Callable[[Any], T], what: str, fix: str) -> T | None:
         if self._given.get(key) is None:
@@ -256,7 +289,8 @@ class _Translation:
         self._draft.problems.append(Problem(source.where, key, what, why, fix, value=source.value, code=code))
 
 
-def _parse_gib(value: Any) -> int:
+def parse_gib(value: Any) -> int:
+    """Bytes from a number of GiB, or from text with a unit of its own. Raise `ValueError` or `TypeError`."""
     if isinstance(value, str) and not value.strip().replace(".", "", 1).isdigit():
         return parse_bytes(value)
     gib = float(value)
@@ -265,7 +299,8 @@ def _parse_gib(value: Any) -> int:
     return int(gib * _GIB)
 
 
-def _parse_bool(value: Any) -> bool:
+def parse_bool(value: Any) -> bool:
+    """A truth value, also as environments write it. Raise `ValueError`."""
     if isinstance(value, bool):
         return value
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

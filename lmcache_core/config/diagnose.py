@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, SecretBytes, SecretStr
@@ -15,7 +15,7 @@ from lmcache_core.config.draft import Draft
 from lmcache_core.config.findings import Code, Loc, dotted, shorten
 from lmcache_core.errors import PluginError, Problem
 from lmcache_core.plugins import Plugins
-from lmcache_core.protocols import BackendConfig, EvictionConfig, SerdeConfig
+from lmcache_core.protocols import BackendConfig, EvictionConfig, PluginConfig, SerdeConfig
 from lmcache_core.spelling import closest
 
 _CONSEQUENCE = {
@@ -85,6 +85,10 @@ class Diagnosis:
             value = self._draft.value(loc)
         except KeyError:
             return ""
+        return self.show_value(loc, value)
+
+    def show_value(self, loc: Loc, value: Any) -> str:
+        """`value`, given for the setting at `loc`, as `show` does."""
         names = [part for part in loc if isinstance(part, str)]
         if names and (redact.telling(names[-1]) or self._is_secret(loc)):
             return redact.HIDDEN
@@ -112,6 +116,8 @@ class Diagnosis:
             listed = ", ".join(f"`{f}`" for f in fields)
             fix = f"remove it; keys here: {listed}" if fields else "remove it"
         why = _CONSEQUENCE.get(meant or "", "an ignored key would leave its default in force without a word")
+        if meant is not None and (redact.telling(meant) or self._is_secret((*loc[:-1], meant))):
+            self._secrets |= _words(self._draft.value(loc))
         problem = self._problem(Code.UNKNOWN, loc, what, why, fix)
         return problem, meant if meant not in present else None
 
@@ -152,10 +158,19 @@ class Diagnosis:
         if kind == "literal_error":
             return self._choice(loc)
         what, fix = self._wording(error)
+        return self._problem(Code.VALUE, loc, what, "", fix or self._example(loc))
+
+    def _example(self, loc: Loc) -> str:
+        """What to write for a setting, where no message of its own says it."""
         field = self._field(loc)
-        if not fix and field is not None and field.description and not self._draft.origin(loc).path:
-            fix = f"`{loc[-1]}` is: " + " ".join(field.description.split())
-        return self._problem(Code.VALUE, loc, what, "", fix)
+        if field is None or self._draft.origin(loc).path:
+            return "correct the value, or remove the key"
+        default = field.get_default()
+        plain = isinstance(default, (str, int, float)) and not redact.telling(str(loc[-1]))
+        example = _EXAMPLE.get(str(loc[-1])) or (f"{loc[-1]}: {shorten(default)}" if plain else "")
+        told = f"`{loc[-1]}` is: " + " ".join(field.description.split()) if field.description else ""
+        given = f"write e.g. `{example}`" if example else "" if told else f"correct `{loc[-1]}`, or remove it"
+        return "; ".join(part for part in (told.rstrip("."), given) if part)
 
     def _choice(self, loc: Loc) -> Problem:
         field = self._field(loc)
@@ -173,9 +188,11 @@ class Diagnosis:
         if kind in ("int_parsing", "int_type", "int_from_float"):
             return "must be a whole number", ""
         if kind in ("bool_parsing", "bool_type"):
-            return "must be true or false", ""
+            near = closest(str(error["input"]), ["true", "false"]) if isinstance(error["input"], str) else None
+            return "must be true or false" + (f"; did you mean `{near}`?" if near else ""), "write `true` or `false`"
         if kind == "string_type":
-            return "must be text", "put it in quotes" if isinstance(error["input"], (int, float)) else ""
+            quoted = "put it in quotes" if isinstance(error["input"], (int, float)) else ""
+            return "must be text", quoted or ("write the name of a plugin" if error["loc"][-1:] == ("type",) else "")
         if kind == "string_pattern_mismatch" and error["loc"][-1:] == ("name",):
             return "must be lower-case letters and digits, with single `-` or `_` between", "e.g. `name: nvme-1`"
         if kind in ("tuple_type", "list_type"):
@@ -248,14 +265,16 @@ class Diagnosis:
             models = [] if field is None else [p for p in _parts(field.annotation) if _is_model(p)]
             if len(models) != 1:
                 return None
-            model = self._concrete(models[0], loc[: i + 1])
+            listed = i + 1 < len(loc) and isinstance(loc[i + 1], int)
+            model = self._concrete(models[0], loc[: i + 1 + listed])
         return model
 
     def _concrete(self, model: type[BaseModel], loc: Loc) -> type[BaseModel] | None:
-        finders = {
+        finders: dict[type[BaseModel], Callable[[str], type[BaseModel]]] = {
             BackendConfig: self._plugins.backend,
             SerdeConfig: self._plugins.serde,
             EvictionConfig: self._plugins.eviction,
+            PluginConfig: lambda name: self._plugins.settings(name) or PluginConfig,
         }
         for base, find in finders.items():
             if model is base:
@@ -273,6 +292,13 @@ class Diagnosis:
                 yield from self._typed_secrets(item, (*loc, key))
         elif isinstance(value, (str, int, float)) and loc and self._is_secret(loc):
             yield value
+
+
+def _words(value: Any) -> set[str]:
+    """Every text and number in plain data."""
+    if isinstance(value, (Mapping, list)):
+        return set().union(*(_words(item) for item in (value.values() if isinstance(value, Mapping) else value)))
+    return {str(value)} if isinstance(value, (str, int, float)) and not isinstance(value, bool) else set()
 
 
 def _parts(annotation: Any) -> Iterable[Any]:

@@ -42,6 +42,8 @@ class Draft:
     origins: dict[Loc, Origin]
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    refused: dict[str, tuple[Loc, Any]] = field(default_factory=dict)
+    """What stands where the reader found a problem, by the problem's place."""
 
     @classmethod
     def of_document(cls, doc: Document) -> Draft:
@@ -49,7 +51,7 @@ class Draft:
             loc: Origin(f"{doc.name}:{line}:{column}", f"{doc.name}:{line}")
             for loc, (line, column) in doc.places.items()
         }
-        return cls(doc.data, origins, list(doc.problems))
+        return cls(doc.data, origins, list(doc.problems), refused=doc.refused)
 
     @classmethod
     def of_data(cls, data: Mapping[str, Any], origin: Origin) -> Draft:

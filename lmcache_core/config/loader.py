@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from lmcache_core.config.checks import machine_findings
 from lmcache_core.config.diagnose import Diagnosis
 from lmcache_core.config.draft import DEFAULT, PYTHON, Draft, Origin, overlay
 from lmcache_core.config.findings import Code, Loc, dotted, raise_findings
-from lmcache_core.config.models import PipelineConfig, Shape, pipeline_findings
+from lmcache_core.config.models import PipelineConfig, Shape, pipeline_findings, plugin_findings
 from lmcache_core.errors import ConfigError, PluginError, Problem
 from lmcache_core.plugins import BACKENDS, EVICTIONS, PLUGINS, SERDES, Plugins
 
@@ -54,7 +55,7 @@ def load(source: Path | str | Mapping[str, Any] | None = None, env: Mapping[str,
     overlay(draft, env)
     diagnosis = Diagnosis(draft, PipelineConfig, plugins)
     _wrappers(draft, plugins)
-    problems, config = list(draft.problems), None
+    problems, config = [_with_value(problem, draft, diagnosis) for problem in draft.problems], None
     try:
         config = PipelineConfig.model_validate(draft.data, context={"plugins": plugins})
     except ValidationError as error:
@@ -89,7 +90,8 @@ def named_plugins(
     draft, name = _read(source, env)
     overlay(draft, env)
     wrappers, tiers = draft.data.get("plugins"), draft.data.get("tiers")
-    named = {(PLUGINS, item) for item in (wrappers if isinstance(wrappers, list) else []) if isinstance(item, str)}
+    items = [_plugin_type(item) for item in (wrappers if isinstance(wrappers, list) else [])]
+    named = {(PLUGINS, item) for item in items if item is not None}
     for tier in tiers if isinstance(tiers, list) else []:
         parts = tier if isinstance(tier, dict) else {}
         for key, group in (("backend", BACKENDS), ("serde", SERDES), ("eviction", EVICTIONS)):
@@ -120,6 +122,19 @@ def _read(source: Path | str | Mapping[str, Any] | None, env: Mapping[str, str])
     return draft, name
 
 
+def _plugin_type(item: Any) -> str | None:
+    """The plugin that an item of `plugins:` names, as text or with its settings."""
+    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", item)
+    return kind if isinstance(kind, str) else None
+
+
+def _with_value(problem: Problem, draft: Draft, diagnosis: Diagnosis) -> Problem:
+    """A problem of the reader's, together with what was written there."""
+    if problem.value or problem.where not in draft.refused:
+        return problem
+    return dataclasses.replace(problem, value=diagnosis.show_value(*draft.refused[problem.where]))
+
+
 def _wrappers(draft: Draft, plugins: Plugins) -> None:
     """Import the named plugins now, so that a missing one is reported beside everything else."""
     names = draft.data.get("plugins")
@@ -140,11 +155,26 @@ def _between_tiers(draft: Draft, plugins: Plugins) -> list[ErrorDetails]:
     tiers = draft.data.get("tiers")
     if not isinstance(tiers, list):
         return []
+    shapes = [_shape(tier, plugins) for tier in tiers]
+    names = [shape.name for shape in shapes if shape.name is not None]
+    found = pipeline_findings(shapes)
+    if len(names) == len(shapes):
+        found += plugin_findings(_plugin_tiers(draft), names)
     try:
-        raise_findings("PipelineConfig", pipeline_findings([_shape(tier, plugins) for tier in tiers]))
+        raise_findings("PipelineConfig", found)
     except ValidationError as findings:
         return findings.errors()
     return []
+
+
+def _plugin_tiers(draft: Draft) -> list[list[str]]:
+    """The tiers that each item of `plugins:` names, as far as they are names."""
+    items = draft.data.get("plugins")
+    lists = [
+        item.get("tiers") if isinstance(item, dict) else None for item in (items if isinstance(items, list) else [])
+    ]
+    named = [names if isinstance(names, list) else [] for names in lists]
+    return [names if all(isinstance(name, str) for name in names) else [] for names in named]
 
 
 def _shape(tier: Any, plugins: Plugins) -> Shape:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    SecretStr,
+    SerializeAsAny,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic import ValidationInfo as Info
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -16,9 +28,12 @@ from lmcache_core.config.findings import Finding, raise_findings
 from lmcache_core.errors import PluginError
 from lmcache_core.eviction.lru import LruConfig
 from lmcache_core.plugins import Plugins
-from lmcache_core.protocols import BackendConfig, EvictionConfig, Frozen, SerdeConfig
+from lmcache_core.protocols import BackendConfig, EvictionConfig, Frozen, PluginConfig, SerdeConfig
 from lmcache_core.spelling import closest
-from lmcache_core.units import PERCENT_SCHEMA, SIZE_SCHEMA, ByteSize, Percent, Seconds, parse_size
+from lmcache_core.units import PERCENT_SCHEMA, SIZE_SCHEMA, ByteSize, Percent, Seconds, Size, parse_size
+
+MIN_SECRET = 16
+"""Characters of a tenancy secret, at least."""
 
 TIER_NAME = r"^[a-z0-9]+(?:[-_][a-z0-9]+)*$"
 """Tier names stand in metrics, in file names and, folded to upper case, in environment variables."""
@@ -39,7 +54,7 @@ def _no_type(value: Mapping[Any, Any]) -> list[InitErrorDetails]:
     return [InitErrorDetails(type="missing", loc=("type",), input=value), *misspelt]
 
 
-def _by_type(base: type[BaseModel], find: Callable[[Plugins, str], type[BaseModel]]) -> BeforeValidator:
+def _resolver(base: type[BaseModel], find: Callable[[Plugins, str], type[BaseModel]]) -> Callable[[Any, Info], Any]:
     """Turn a mapping into an instance of the plugin's own model, chosen by its `type`."""
 
     def resolve(value: Any, info: Info) -> Any:
@@ -56,7 +71,34 @@ def _by_type(base: type[BaseModel], find: Callable[[Plugins, str], type[BaseMode
             raise ValidationError.from_exception_data(base.__name__, details) from error
         return model.model_validate(value, context=info.context)
 
-    return BeforeValidator(resolve)
+    return resolve
+
+
+def _by_type(base: type[BaseModel], find: Callable[[Plugins, str], type[BaseModel]]) -> BeforeValidator:
+    return BeforeValidator(_resolver(base, find))
+
+
+def _plugin_settings(plugins: Plugins, name: str) -> type[PluginConfig]:
+    model = plugins.settings(name)
+    if model is None:
+        raise PluginError(f"plugin `{name}` takes no settings; write `- {name}`")
+    return model
+
+
+_plugin_by_type = _resolver(PluginConfig, _plugin_settings)
+
+
+def _named_or_set(value: Any, info: Info) -> Any:
+    """A plugin's name stands for its default settings where it has any."""
+    if isinstance(value, str):
+        try:
+            settings = manager_of(info).settings(value)
+        except PluginError:
+            return value  # whoever activates it says so, the loader with its place
+        return value if settings is None else settings.model_validate({"type": value}, context=info.context)
+    if isinstance(value, (Mapping, PluginConfig)):
+        return _plugin_by_type(value, info)
+    raise ValueError("must be a plugin's name, or its settings as `{type: name, ...}`")
 
 
 def _count(value: Any) -> Any:
@@ -69,6 +111,7 @@ def _count(value: Any) -> Any:
 _WHOLE = BeforeValidator(_count)
 Backend = Annotated[SerializeAsAny[BackendConfig], _by_type(BackendConfig, Plugins.backend)]
 SerdeField = Annotated[SerializeAsAny[SerdeConfig], _by_type(SerdeConfig, Plugins.serde)]
+Plugin = Annotated[SerializeAsAny[PluginConfig] | str, BeforeValidator(_named_or_set)]
 Eviction = Annotated[SerializeAsAny[EvictionConfig], _by_type(EvictionConfig, Plugins.eviction)]
 
 
@@ -110,6 +153,8 @@ class LaneConfig(Frozen):
     """Bytes of queued and running writes together, which pin their slots; at most a quarter of memory in any case."""
     deadline: Annotated[Seconds, Field(gt=0, le=3600)] = 5.0
     """Longest wait for one batch; later it is a miss."""
+    lookup_deadline: Annotated[Seconds, Field(gt=0, le=3600)] = 0.25
+    """Longest wait for a medium that must be asked what it has; later it has nothing. At most half of `deadline`."""
 
 
 class TierConfig(Frozen):
@@ -127,6 +172,8 @@ class TierConfig(Frozen):
     """Keep chunks read from this tier in memory, and in the tiers nearer than it."""
     serde: SerdeField | None = None
     """How chunks are encoded on the way in; raw bytes without one."""
+    lossy: bool = False
+    """Allow a serde that does not give back the very bytes. Such a pipeline never shares chunks with exact ones."""
     eviction: Eviction = Field(default_factory=LruConfig)
     """Which chunk goes first when the tier is full."""
     lane: LaneConfig = LaneConfig()
@@ -166,6 +213,56 @@ class TierConfig(Frozen):
         return found
 
 
+def _token_rate(value: Any) -> float | Literal["measure"] | None:
+    if value is None or value == "measure":
+        return value  # type: ignore[no-any-return]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < inf:
+        raise ValueError("must be prompt tokens per second, e.g. 8000, or `measure`")
+    return float(value)
+
+
+TokenRate = Annotated[
+    float | Literal["measure"] | None,
+    PlainValidator(_token_rate),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "measure"}, {"type": "null"}]}),
+]
+
+
+class RecomputeConfig(Frozen):
+    """The cost rule: never wait longer for stored KV than computing it again would take."""
+
+    tokens_per_s: TokenRate = None
+    """Prompt tokens that the engine computes in a second, or `measure` where the adapter can; without, no rule."""
+    factor: Annotated[float, Field(gt=0, le=10)] = 0.5
+    """Share of the time for computing that may be spent on reading instead; a slower tier is left out."""
+
+
+class TenancyConfig(Frozen):
+    """Tenants that never share: each request has one, told by the engine's gateway; a request without is not cached."""
+
+    secret: SecretStr | None = None
+    """What tenants' salts are made from, 16 characters or more. The same in every process that shares a tier."""
+    secret_file: Path | None = None
+    """File that holds the secret."""
+    quota: Size | None = None
+    """What each tenant may hold in every tier, memory included: a size, or a share of the tier's capacity."""
+    quotas: dict[str, Size] = Field(default_factory=dict)
+    """The same for some tenants by name."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        found: list[Finding] = []
+        why = "without a secret whoever knows a tenant's name could look for its prompts"
+        fix = "set LMCACHE__TENANCY__SECRET in the environment, or `secret_file: /run/secrets/lmcache`"
+        if (self.secret is None) == (self.secret_file is None):
+            what = "is missing" if self.secret is None else "and `secret_file` are both given"
+            found.append(Finding(("secret",), what, why, fix))
+        elif self.secret is not None and len(self.secret.get_secret_value()) < MIN_SECRET:
+            found.append(Finding(("secret",), f"is shorter than {MIN_SECRET} characters", why, "make a longer one"))
+        raise_findings("TenancyConfig", found)
+        return self
+
+
 class PipelineConfig(Frozen):
     """A whole cache: its tiers, nearest the engine first."""
 
@@ -173,16 +270,41 @@ class PipelineConfig(Frozen):
     """Tokens of one chunk, the unit of caching; a multiple of the engine's block."""
     verify: Literal["load", "serve"] = "load"
     """Verify checksums when a chunk enters memory (`load`), or again whenever it is served (`serve`)."""
-    plugins: tuple[str, ...] = ()
-    """Installed `lmcache.plugins` to activate, such as wrappers around every backend."""
+    recompute: RecomputeConfig = RecomputeConfig()
+    """When reading stored KV is worth waiting for."""
+    tenancy: TenancyConfig | None = None
+    """Keep tenants apart, and let each hold so much; off without."""
+    plugins: tuple[Plugin, ...] = ()
+    """Installed `lmcache.plugins` to activate, such as wrappers around every backend: `name`, or `{type: name, ...}` to
+    give its settings. The last is the outermost."""
     tiers: tuple[TierConfig, ...]
     """One memory tier first, then storage tiers in the order they are asked."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         shapes = [Shape(tier.name, tier.backend.in_memory) for tier in self.tiers]
-        raise_findings("PipelineConfig", pipeline_findings(shapes))
+        named = [() if isinstance(plugin, str) else plugin.tiers or () for plugin in self.plugins]
+        found = plugin_findings(named, [tier.name for tier in self.tiers])
+        raise_findings("PipelineConfig", [*pipeline_findings(shapes), *found])
         return self
+
+
+def plugin_findings(plugins: Sequence[Sequence[str]], tiers: Sequence[str]) -> Iterator[Finding]:
+    """Plugins for tiers that are not there: encrypting a tier `clod` would leave `cold` in clear text.
+
+    `plugins`: the tiers that each plugin names.
+    """
+    for i, named in enumerate(plugins):
+        for j, name in enumerate(named):
+            if name not in tiers:
+                near = closest(name, tiers)
+                yield Finding(
+                    ("plugins", i, "tiers", j),
+                    "no tier has this name" + (f"; did you mean `{near}`?" if near else ""),
+                    "what the plugin was to do to the tier would silently not be done",
+                    f"write one of {', '.join(f'`{known}`' for known in tiers)}",
+                    name,
+                )
 
 
 @dataclass(frozen=True, slots=True)

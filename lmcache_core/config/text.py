@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from lmcache_core.config.findings import Code, Loc, dotted
+from lmcache_core.config.syntax import mistake
 from lmcache_core.errors import ConfigError, Problem
 from lmcache_core.spelling import closest
 
@@ -34,6 +35,9 @@ _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": Fals
 _INT = re.compile(r"[-+]?[0-9]{1,40}", re.ASCII)
 _BASED = re.compile(r"0o[0-7]{1,40}|0x[0-9a-fA-F]{1,40}")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]{1,4})?", re.ASCII)
+_PART = r"(?:[A-Za-z0-9_-]+|\"[^\"\n]*\"|'[^'\n]*')"
+_LONG_KEY = re.compile(rf"(?:^|[{{,\[])[ \t]*{_PART}(?:[ \t]*\.[ \t]*{_PART}){{{MAX_DEPTH},}}", re.MULTILINE)
+"""A dotted TOML key of too many parts; `tomllib` takes time quadratic in their number."""
 _TOML_PLACE = re.compile(r"^(.*?) \(at (?:line (\d+), column (\d+)|end of document)\)$", re.DOTALL)
 
 
@@ -47,6 +51,8 @@ class Document:
     """Line and column, from 1, of each key and each list item."""
     problems: list[Problem] = field(default_factory=list)
     """What is wrong with the text itself, where reading could go on."""
+    refused: dict[str, tuple[Loc, Any]] = field(default_factory=dict)
+    """What stands where a problem is, by the problem's place; its words leave values out, for they may be secrets."""
 
 
 def read(path: Path) -> Document:
@@ -112,13 +118,11 @@ def parse_yaml(name: str, text: str) -> Document:
     try:
         return _Yaml(name, yaml.parse(text, Loader=_LOADER)).document()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        what = ", ".join(part for part in (error.context, error.problem) if part)
-        fix = (
-            "indent with spaces" if " tab " in what or "'\\t'" in what else "check quotes, colons and indentation here"
-        )
-        raise _syntax(where, f"not valid YAML: {what}", fix) from error
+        found = mistake(text, error)
+        if found is None:
+            raise _syntax(name, f"not valid YAML: {error.problem}", "check quotes, colons and indentation") from error
+        where = f"{name}:{found.line}:{found.column}"
+        raise _syntax(where, f"not valid YAML: {found.what}", found.fix) from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise _syntax(f"{name}:{line}:1", f"not valid YAML: {error.reason}", "remove the character") from error
@@ -175,6 +179,8 @@ class _Yaml:
         if isinstance(event, yaml.SequenceStartEvent):
             return self._sequence(loc, depth)
         assert isinstance(event, yaml.ScalarEvent)
+        if event.style not in ("|", ">") and event.end_mark and event.end_mark.line + 1 > _place(event)[0]:
+            self._refuse(event, loc, "a value over several lines", "write it in one line; close a quote where it opens")
         return event.value if event.style else _scalar(event.value)
 
     def _mapping(self, loc: Loc, depth: int) -> dict[str, Any]:
@@ -193,6 +199,7 @@ class _Yaml:
                 first = self._doc.places[below][0]
                 what = f"the key is given twice (first in line {first})"
                 self._problem(Code.DUPLICATE, place, below, what, "one of the two would win silently", "remove one")
+                self._doc.refused[self._doc.problems[-1].where] = (below, value)
                 continue
             result[key] = value
             self._doc.places[below] = place
@@ -242,6 +249,9 @@ def _scalar(text: str) -> Any:
 def parse_toml(name: str, text: str) -> Document:
     """Parse TOML 1.0. Raise `ConfigError` on a syntax error."""
     text = text.replace("\r\n", "\n")
+    if long := _LONG_KEY.search(text):
+        where = f"{name}:{text.count(chr(10), 0, long.start()) + 1}:1"
+        raise _syntax(where, f"nested more than {MAX_DEPTH} levels deep", "is this the right file?")
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -47,6 +47,12 @@ class Lru(EvictionPolicy):
             if key in order:
                 del order[key]
 
+    def __contains__(self, key: ChunkKey) -> bool:
+        return key in self._order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
     def coldest(self) -> Iterator[ChunkKey]:
         return iter(self._order)
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from lmcache_core.errors import NoSpace
 from lmcache_core.hookspecs import hookimpl
 from lmcache_core.plugins import Plugins
-from lmcache_core.protocols import BackendConfig, BuildContext, MemoryBackend, StorageBackend
+from lmcache_core.protocols import BackendConfig, BuildContext, MemoryBackend, Region, StorageBackend
 from lmcache_core.types import HEADER_BYTES, ChunkKey, Got, Put, Usage
 
 _T = TypeVar("_T")
@@ -162,6 +162,9 @@ class FaultyBackend(StorageBackend):
             self.inner.clear()
 
     # These are asked at start-up, for every object, or under locks: they fail when told to, never at random.
+    def register(self, region: Region) -> None:
+        self.inner.register(region)
+
     def scan(self) -> Iterator[tuple[ChunkKey, int]] | None:
         self._raise("scan")
         return self._forged("scan", self.inner.scan())

@@ -14,7 +14,7 @@ def settle(pipeline: Pipeline, timeout: float = 30.0) -> None:
     Raise `AssertionError` when something is still held, the books do not add up, or `timeout` seconds do not suffice.
     """
     for tier in pipeline.tiers:
-        assert tier.read_lane.drain(timeout), f"tier {tier.name} is still reading after {timeout} s"
+        assert tier.drain(timeout), f"tier {tier.name} is still at work after {timeout} s"
     assert pipeline.flush(timeout), f"something is still being written after {timeout} s"
     pipeline.check(idle=True)
     check_stats(pipeline.stats())

@@ -72,7 +72,7 @@ class DictBackend(StorageBackend):
         """Bytes an object under `key` may take; None without a limit."""
         if self._capacity is None:
             return None
-        return self._capacity - sum(len(obj) for other, obj in self.objects.items() if other != key)
+        return self._capacity - sum(len(obj) for other, obj in list(self.objects.items()) if other != key)
 
     def delete(self, keys: Sequence[ChunkKey]) -> None:
         for key in keys:
@@ -82,7 +82,7 @@ class DictBackend(StorageBackend):
         self.objects.clear()
 
     def scan(self) -> Iterator[tuple[ChunkKey, int]] | None:
-        return iter([(key, len(obj)) for key, obj in self.objects.items()]) if self._scannable else None
+        return iter([(key, len(obj)) for key, obj in list(self.objects.items())]) if self._scannable else None
 
     def usage(self) -> Usage:
         sizes = [len(obj) for obj in list(self.objects.values())]

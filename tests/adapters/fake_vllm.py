@@ -183,6 +183,7 @@ def make_pipeline(chunks: int, storage: DictStorage | None = None, *, deadline: 
                 queue=64,
                 inflight=1 << 30,
                 deadline=deadline,
+                lookup_deadline=deadline / 2,
                 staging=None,
             )
         )

@@ -746,3 +746,18 @@ def test_on_a_gpu(dtype: Any, tmp_path: Path) -> None:
                 assert torch.equal(layer.keys[:, :, : 5 * CHUNK], keys)
                 assert torch.equal(layer.values[:, :, : 5 * CHUNK], values)
             assert handle.counts["errors"] == 0
+
+
+# -- tenants -------------------------------------------------------------------------------------------------------
+def test_tenants_of_one_model_never_share_and_no_tenant_is_not_cached(model: Any) -> None:
+    tenancy = {"secret": "sixteen letters!", "quota": "50%"}
+    ids = prompt(3 * CHUNK + 5)
+    plain = answer(model, ids)[0]
+    with attach(model, {**config(), "tenancy": tenancy}, tenant="acme") as handle:
+        found = []
+        for tenant in ("acme", "acme", "other", "other", None, "acme"):
+            handle.tenant = tenant
+            assert answer(model, ids)[0] == plain
+            found.append((handle.last.bypass, handle.last.reused_tokens // CHUNK))
+        assert found == [(None, 0), (None, 3), (None, 0), (None, 3), (Bypass.TENANT, 0), (None, 3)]
+        assert set(handle.pipeline.stats()["tiers"]["dram"]["tenants"]) == {"acme", "other"}

@@ -385,6 +385,38 @@ def test_both_roles_save_and_load(tmp_path: Path) -> None:
     pipeline.check(idle=True)
 
 
+def test_a_tenants_requests_are_found_by_that_tenant_only(tmp_path: Path) -> None:
+    """The tenant is what the gateway says; a caller's salt separates within it, and no tenant is no cache."""
+    kv = memory()
+    tiers = [{"name": "dram", "capacity": "8MiB", "backend": {"type": "cpu"}}]
+    extra = {"chunk_tokens": 64, "tiers": tiers, "tenancy": {"secret": "sixteen letters!", "quota": "50%"}}
+    worker, scheduler = (
+        connector(role, tmp_path, config=extra) for role in (KVConnectorRole.WORKER, KVConnectorRole.SCHEDULER)
+    )
+    worker.register_kv_caches(kv)
+    scheduler.set_xfer_handshake_metadata_pp_aware({(0, 0): worker.get_handshake_metadata()})
+
+    def ask(name: str, tenant: Any, salt: str | None = None) -> int | None:
+        params = None if tenant is None else {"lmcache.tenant": tenant}
+        asked = request(request_id=name, kv_transfer_params=params, cache_salt=salt)
+        found, _ = scheduler.get_num_new_matched_tokens(asked, 0)
+        scheduler.update_state_after_alloc(asked, SimpleNamespace(get_block_ids=lambda: ([1, 2, 3, 4],)), 0)
+        step(scheduler, worker, {name: 100}, [1, 2, 3, 4])
+        scheduler.request_finished(asked, [])
+        return found
+
+    assert ask("1", "acme") == 0 and ask("2", "acme") == 64
+    assert [ask(str(3 + i), tenant) for i, tenant in enumerate(("other", None, "", 7))] == [0, 0, 0, 0]
+    assert ask("7", "acme", "salt") == 0 and ask("8", "acme", "salt") == 64 and ask("9", "other", "salt") == 0
+    held = scheduler._scheduler
+    assert held.counts["bypass.tenant"] == 3 and set(held.pipeline.stats()["tiers"]["dram"]["tenants"]) == {
+        "acme",
+        "other",
+    }
+    scheduler.shutdown()
+    worker.shutdown()
+
+
 def test_a_refused_engine_runs_without_caching(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     worker, scheduler = connector(KVConnectorRole.WORKER, tmp_path), connector(KVConnectorRole.SCHEDULER, tmp_path)
     worker.register_kv_caches({name: tensor.double() for name, tensor in memory().items()})

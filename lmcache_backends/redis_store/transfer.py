@@ -1,0 +1,312 @@
+"""Batches of objects over one connection, streamed from and into the caller's buffers.
+
+Writing: the pieces go first, with a short lifetime; when the server has taken them all, one transaction gives them
+their final lifetime and writes the head. So a write that stops anywhere leaves nothing that is visible, and nothing
+that stays. Reading: the head comes with the first piece, and the others are asked for while that one is arriving.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lmcache_backends.redis_store.format import GENERATION_BYTES, HEAD_BYTES, Head, Names
+from lmcache_backends.redis_store.wire import Link, Lost, ServerError, ServerFull, command
+from lmcache_core.errors import BackendError, CorruptChunk
+from lmcache_core.types import ChunkKey, MissReason
+
+_WINDOW = 2 << 20
+"""Bytes asked for ahead of what is being read: enough to keep the server busy, little enough for its memory."""
+
+_AHEAD_RATE = 2e9
+"""Bytes per second that a connection may carry: what is sent ahead keeps it busy while an answer travels."""
+
+OPEN = BackendError("the call ended before this key's turn")
+"""Result of a key whose turn has not come."""
+
+Refused = ServerError | ServerFull
+_Frames = list[bytes | memoryview]
+
+
+def read_head(name: bytes) -> bytes:
+    return command(b"GETRANGE", name, b"0", b"%d" % (HEAD_BYTES - 1))
+
+
+def head_in(answer: object) -> Head | None:
+    """The head in an answer to `read_head`; None where there is none that can be used."""
+    try:
+        return Head.unpack(answer) if isinstance(answer, bytes) and answer else None
+    except CorruptChunk:
+        return None
+
+
+def transaction(link: Link, commands: int) -> tuple[Refused | None, list[Any]]:
+    """The replies to MULTI, `commands` commands and EXEC: the first error, or the answers of the commands."""
+    replies = [link.reply() for _ in range(commands + 2)]
+    answers = replies[-1]
+    inner = answers if isinstance(answers, list) else []
+    refused = next((reply for reply in [*replies, *inner] if isinstance(reply, (ServerError, ServerFull))), None)
+    if refused is None and len(inner) != commands:
+        raise Lost(f"{link.where}: unexpected answer to EXEC")
+    return refused, inner
+
+
+class Reader:
+    """Reads some objects over one connection."""
+
+    def __init__(
+        self,
+        link: Link,
+        names: Names,
+        part_bytes: int,
+        keys: Sequence[ChunkKey],
+        buffers: Sequence[memoryview],
+        results: list[Any],
+        broken: dict[int, Head],
+    ) -> None:
+        """`broken` is told the objects that lost a piece."""
+        self._link = link
+        self._names = names
+        self._part_bytes = part_bytes
+        self._keys = keys
+        self._buffers = buffers
+        self._results = results
+        self._broken = broken
+        self._todo: deque[tuple[int, int, bytes, int]] = deque()
+        """What to ask for next: position, number of the piece, its name, bytes expected."""
+        self._asked: deque[tuple[int, int, int]] = deque()
+        self._flying = 0
+        """Bytes asked for and not read."""
+        self._heads: dict[int, Head] = {}
+        self._missing: dict[int, int] = {}
+        """Pieces still to come, by position."""
+
+    def run(self, some: Sequence[int]) -> None:
+        """Read the objects at these positions."""
+        for i in some:
+            self._todo.append((i, 0, self._names.head(self._keys[i]), min(self._part_bytes, len(self._buffers[i]))))
+        while self._todo or self._asked:
+            self._ask()
+            i, number, expected = self._asked.popleft()
+            self._flying -= expected
+            length = self._link.bulk()
+            if isinstance(length, int):
+                (self._take if number else self._begin)(i, number, length)
+            elif number:
+                # Evicted, expired or deleted: without one piece there is no object.
+                self._results[i] = length
+                if length is None:
+                    self._broken[i] = self._heads[i]
+            else:
+                self._results[i] = length
+
+    def _ask(self) -> None:
+        """Send requests until enough is under way."""
+        out: list[bytes] = []
+        while self._todo and (not self._asked or self._flying < _WINDOW):
+            i, number, name, expected = self._todo.popleft()
+            out.append(command(b"GET", name))
+            self._asked.append((i, number, expected))
+            self._flying += expected
+        if out:
+            self._link.send([b"".join(out)])
+
+    def _begin(self, i: int, _: int, length: int) -> None:
+        """The first value of an object: its head, then its first piece."""
+        link, buffer = self._link, self._buffers[i]
+        start = bytearray(min(length, HEAD_BYTES))
+        link.body(memoryview(start))
+        try:
+            head = Head.unpack(bytes(start))
+            if head.nbytes > len(buffer):
+                raise CorruptChunk(MissReason.CORRUPT, f"{head.nbytes} bytes in Redis, room for {len(buffer)}")
+            if head.first != length - HEAD_BYTES:
+                raise CorruptChunk(MissReason.CORRUPT, f"a first value of {length} bytes in Redis")
+        except CorruptChunk as error:
+            self._results[i] = error
+            link.skip(length - len(start))
+            link.end()
+            return
+        pieces = self._names.pieces(self._keys[i], head)
+        spans = (head.span(number) for number in range(1, head.count + 1))
+        self._heads[i] = head
+        self._missing[i] = len(pieces)
+        self._todo.extendleft(
+            reversed([(i, n, name, s.stop - s.start) for n, (name, s) in enumerate(zip(pieces, spans, strict=True), 1)])
+        )
+        self._ask()
+        link.body(buffer[: head.first])
+        link.end()
+        self._finish(i)
+
+    def _take(self, i: int, number: int, length: int) -> None:
+        span = self._heads[i].span(number)
+        if length == span.stop - span.start:
+            self._link.body(self._buffers[i][span])
+            self._missing[i] -= 1
+        else:
+            self._results[i] = CorruptChunk(MissReason.CORRUPT, f"a piece of {length} bytes in Redis")
+            self._link.skip(length)
+        self._link.end()
+        self._finish(i)
+
+    def _finish(self, i: int) -> None:
+        if not self._missing[i] and self._results[i] is OPEN:
+            self._results[i] = self._heads[i].nbytes
+
+
+@dataclass(slots=True)
+class _Write:
+    """One object on its way."""
+
+    i: int
+    head: Head
+    pieces: list[bytes]
+    """Names of the pieces after the first."""
+    old: Head | None = None
+    """Head of what is overwritten."""
+    refused: Refused | None = None
+    unanswered: int = 0
+    """Replies not read."""
+
+
+class Writer:
+    """Writes some objects over one connection."""
+
+    def __init__(
+        self,
+        link: Link,
+        names: Names,
+        part_bytes: int,
+        ttl: bytes | None,
+        adopt: bytes,
+        keys: Sequence[ChunkKey],
+        buffers: Sequence[memoryview],
+        results: list[Any],
+    ) -> None:
+        """`ttl`: milliseconds objects live, None for ever. `adopt`: milliseconds pieces live without a head."""
+        self._link = link
+        self._names = names
+        self._part_bytes = part_bytes
+        self._ttl = ttl
+        self._adopt = adopt
+        self._keys = keys
+        self._buffers = buffers
+        self._results = results
+        # A server that finds more values waiting behind one moves them in memory once more. So no more is sent ahead than
+        # one piece, and what arrives while an answer travels.
+        self._ahead = part_bytes + int(link.rtt * _AHEAD_RATE)
+        self._flying = 0
+        """Bytes of values sent and not answered for."""
+        self._unread: deque[tuple[_Write, int, Callable[[_Write], None]]] = deque()
+        """Replies to read, in order: whose, bytes of the value they answer for, and what reads them."""
+        self._doomed: list[bytes] = []
+
+    def run(self, some: Sequence[int]) -> None:
+        """Write the objects at these positions: pieces of the next one are on their way while one is completed."""
+        previous = None
+        for i in some:
+            write = self._begin(i)
+            if previous is not None:
+                self._complete(previous)
+            previous = write
+        if previous is not None:
+            self._complete(previous)
+        while self._unread:
+            self._read()
+        # Pieces nobody will read: of what was refused, and of what somebody else wrote meanwhile.
+        self._link.send(self._doomed)
+        for _ in self._doomed:
+            self._link.reply()
+
+    def _send(self, write: _Write, frames: _Frames, nbytes: int, read: Callable[[_Write], None]) -> None:
+        while nbytes and self._flying > self._ahead:
+            self._read()
+        self._link.send(frames)
+        self._unread.append((write, nbytes, read))
+        self._flying += nbytes
+        write.unanswered += 1
+
+    def _read(self) -> None:
+        """Read the replies that come next."""
+        write, nbytes, read = self._unread.popleft()
+        self._flying -= nbytes
+        write.unanswered -= 1
+        read(write)
+
+    def _begin(self, i: int) -> _Write:
+        """Send the pieces after the first."""
+        buffer, key = self._buffers[i], self._keys[i]
+        head = Head.plan(os.urandom(GENERATION_BYTES), len(buffer), self._part_bytes)
+        write = _Write(i, head, self._names.pieces(key, head))
+        self._send(write, [read_head(self._names.head(key))], 0, self._read_old)
+        for number, name in enumerate(write.pieces, 1):
+            piece = buffer[head.span(number)]
+            self._send(write, _set(name, b"", piece, self._adopt), len(piece), self._read_piece)
+            if write.refused is not None:
+                break
+        return write
+
+    def _complete(self, write: _Write) -> None:
+        """Once its pieces are there, write the head."""
+        while write.unanswered:
+            self._read()
+        if write.refused is not None:
+            self._refuse(write)
+            return
+        key, pieces = self._keys[write.i], write.pieces
+        name = self._names.head(key)
+        keep = [
+            command(b"PERSIST", piece) if self._ttl is None else command(b"PEXPIRE", piece, self._ttl)
+            for piece in pieces
+        ]
+        before = b"".join([command(b"MULTI"), read_head(name), *keep])
+        first = self._buffers[write.i][write.head.span(0)]
+        # What is overwritten goes in the same step, so that nothing is left of it whenever this ends.
+        old = self._names.pieces(key, write.old) if write.old else []
+        after = command(b"UNLINK", *old) if old else b""
+        frames = [before, *_set(name, write.head.pack(), first, self._ttl), after + command(b"EXEC")]
+        self._send(write, frames, len(first), self._read_end)
+
+    def _read_old(self, write: _Write) -> None:
+        reply = self._link.reply()
+        write.old = head_in(reply)
+        write.refused = reply if isinstance(reply, (ServerError, ServerFull)) else None
+
+    def _read_piece(self, write: _Write) -> None:
+        reply = self._link.reply()
+        if write.refused is None and isinstance(reply, (ServerError, ServerFull)):
+            write.refused = reply
+
+    def _read_end(self, write: _Write) -> None:
+        old, count = write.old, len(write.pieces)
+        write.refused, answers = transaction(self._link, count + 2 + bool(old and old.count))
+        key = self._keys[write.i]
+        if write.refused is None and 0 in answers[1 : 1 + count]:
+            # The server is evicting what we are writing: a head without its pieces is of no use to anybody.
+            write.refused = ServerFull(f"{self._link.where}: it evicted a piece before the object was complete")
+            self._doomed.append(command(b"UNLINK", self._names.head(key)))
+        if write.refused is not None:
+            self._refuse(write)
+            return
+        self._results[write.i] = None
+        last = head_in(answers[0])
+        if last is not None and last != old and last.count:
+            # Somebody else wrote the object in between.
+            self._doomed.append(command(b"UNLINK", *self._names.pieces(key, last)))
+
+    def _refuse(self, write: _Write) -> None:
+        self._results[write.i] = write.refused
+        if write.pieces:
+            self._doomed.append(command(b"UNLINK", *write.pieces))
+
+
+def _set(name: bytes, start: bytes, value: memoryview, ttl: bytes | None) -> _Frames:
+    """The frames that store `start` and `value` under a name. The value comes last: a server then reads it in place."""
+    words = (b"SET", name) if ttl is None else (b"PSETEX", name, ttl)
+    before = b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
+    size = len(start) + len(value)
+    return [b"*%d\r\n%b$%d\r\n%b" % (len(words) + 1, before, size, start), value, b"\r\n"]
