@@ -238,6 +238,15 @@ def _plan(
     return _Storage(tier, eviction, serde, context, staging, plugins.memory_bytes(tier.backend, context))
 
 
+def beside_slots(config: PipelineConfig, layout: KVLayout, plugins: Plugins) -> int:
+    """Bytes of the memory tier's capacity that storage tiers take from its slots: staging, and buffers of their own.
+
+    `plugins` has the configuration's plugins active. Tiers that cannot be built count for nothing.
+    """
+    planned = [_plan(tier, layout, None, plugins, []) for tier in config.tiers[1:]]
+    return sum(tier.staging_bytes + tier.own_bytes for tier in planned if tier is not None)
+
+
 def _slot_count(tier: TierConfig, layout: KVLayout, staging: int, problems: list[Problem]) -> int:
     """Slots that the memory tier's capacity holds beside staging; fewer than `MIN_SLOTS` is a problem."""
     path = f"tiers.{tier.name}.capacity"

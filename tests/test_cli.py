@@ -26,6 +26,7 @@ from lmcache_core.cli import check, explain, layouts, main
 from lmcache_core.cli.schema import schema
 from lmcache_core.config import load
 from lmcache_core.errors import LMCacheError
+from lmcache_core.plugins import Plugins
 
 ROOT = Path(__file__).parent.parent
 Capture = pytest.CaptureFixture[str]
@@ -239,7 +240,7 @@ def test_explain(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatc
 def test_what_explain_says_fits_is_what_build_cuts(tmp_path: Path, serde: str) -> None:
     loaded = load(write(tmp_path, GOOD.replace("name: disk,", f"name: disk, {serde}")))
     layout = layouts.flat(1000, 16)
-    fits = explain.fits(loaded, "x", layout)
+    fits = explain.fits(loaded, "x", layout, Plugins())
     pipeline = build(loaded.config, layout)
     try:
         assert fits["chunks"]["dram"] == pipeline.slots.count

@@ -196,8 +196,8 @@ class Writer:
         self._keys = keys
         self._buffers = buffers
         self._results = results
-        # A server that finds more values waiting behind one moves them in memory once more. So no more is sent ahead than
-        # one piece, and what arrives while an answer travels.
+        # A server that finds more values waiting behind one moves them in memory once more. So no more is sent ahead
+        # than one piece, and what arrives while an answer travels.
         self._ahead = part_bytes + int(link.rtt * _AHEAD_RATE)
         self._flying = 0
         """Bytes of values sent and not answered for."""

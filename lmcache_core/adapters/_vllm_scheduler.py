@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -35,6 +36,9 @@ scheduler that spins would starve; a step with work never waits."""
 
 MAX_ATTACH_STEPS = 64
 """Steps within which the worker must say whether it could map the arena."""
+
+MEASURED_TOKENS = 128
+"""Fewest prompt tokens of a step that says how fast the engine computes them."""
 
 _NEVER = 1 << 62
 
@@ -125,8 +129,11 @@ class _Load:
 class _Step:
     """What is held until the worker reports the step."""
 
+    began: float
     leases: list[Lease] = field(default_factory=list)
     reservations: list[Reservation] = field(default_factory=list)
+    prefilled: int = 0
+    """Prompt tokens that the step computes."""
 
 
 class Scheduler:
@@ -252,7 +259,7 @@ class Scheduler:
     def plan(self, scheduled: Mapping[str, int], table: Callable[[str], list[int] | None]) -> StepPlan:
         """The worker's part of a step that computes `scheduled` tokens per request; `table` gives its blocks."""
         self._step += 1
-        plan, step = StepPlan(self._step), _Step()
+        plan, step = StepPlan(self._step), _Step(monotonic())
         try:
             if not scheduled:
                 self._wait_idle()
@@ -260,6 +267,7 @@ class Scheduler:
         except Exception:
             self._give_up("loads")
             self._withdraw(plan)
+        step.prefilled = sum(tokens for tokens in scheduled.values() if tokens > 1)
         try:
             plan.saves = self._plan_saves(scheduled, table, step)
         except Exception:
@@ -300,6 +308,10 @@ class Scheduler:
                 self._detached(report.error)
         for number in [n for n in self._steps if n <= report.step]:
             step = self._steps.pop(number)
+            # Steps that save report, which prompts do; a step that waited behind another one looks slower than it was,
+            # so that reading gets the benefit of the doubt. Loading is none of the computing.
+            if number == report.step and step.prefilled >= MEASURED_TOKENS and not step.leases:
+                self.pipeline.note_prefill(step.prefilled, monotonic() - step.began)
             for lease in step.leases:
                 lease.release()
             for reservation in step.reservations:

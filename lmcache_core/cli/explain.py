@@ -10,15 +10,13 @@ from typing import Any
 from pydantic import BaseModel, SecretBytes, SecretStr
 
 from lmcache_core import redact
-from lmcache_core.build import STAGING_PER_THREAD
+from lmcache_core.build import beside_slots
 from lmcache_core.cli.console import OK, add_json, emit, table
 from lmcache_core.cli.layouts import PRESETS, add_model, flat, of_model, preset
 from lmcache_core.config import Loaded, TierConfig, load, machine
 from lmcache_core.config.findings import Loc, dotted
 from lmcache_core.layout import KVLayout
-from lmcache_core.protocols import SerdeContext
-from lmcache_core.seal import RAW_CODEC
-from lmcache_core.tier import staging_buffer_bytes
+from lmcache_core.plugins import Plugins
 from lmcache_core.types import object_bytes, round_up
 from lmcache_core.units import format_bytes
 
@@ -60,13 +58,15 @@ def run(args: argparse.Namespace) -> int:
         layouts = {Path(args.model).name: of_model(args.model, chunk)}
     else:
         layouts = {name: preset(name, chunk) for name in PRESETS}
+    plugins = Plugins()
+    plugins.activate(loaded.config.plugins)
     record: dict[str, Any] = {
         "ok": True,
         "source": loaded.source,
         "notes": list(loaded.notes),
         "settings": settings(loaded),
         "budget": budget(loaded),
-        "fits": [fits(loaded, name, layout) for name, layout in layouts.items()],
+        "fits": [fits(loaded, name, layout, plugins) for name, layout in layouts.items()],
     }
     if args.json:
         emit(record)
@@ -103,6 +103,8 @@ def budget(loaded: Loaded) -> dict[str, Any]:
         "memory_available_bytes": machine.memory_available(),
         "memory_total_bytes": machine.memory_total(),
         "threads": sum(2 * tier.lane.threads for tier in storage),
+        "recompute_tokens_s": loaded.config.recompute.tokens_per_s,
+        "recompute_factor": loaded.config.recompute.factor,
         "inflight_bytes": {tier.name: tier.lane.inflight for tier in storage},
         "open_files_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "disks": [disk for tier in storage if (disk := _disk(tier)) is not None],
@@ -123,11 +125,11 @@ def _disk(tier: TierConfig) -> dict[str, Any] | None:
     }
 
 
-def fits(loaded: Loaded, name: str, layout: KVLayout) -> dict[str, Any]:
+def fits(loaded: Loaded, name: str, layout: KVLayout, plugins: Plugins) -> dict[str, Any]:
     """How many chunks and tokens of one layout every tier holds. Encoded tiers hold at least that."""
     memory, *storage = loaded.config.tiers
     slot = round_up(object_bytes(layout.chunk_bytes))
-    staging = sum(_staging(tier, layout) for tier in storage)
+    staging = beside_slots(loaded.config, layout, plugins)
     held: dict[str, int | None] = {memory.name: max(0, ((memory.capacity or 0) - staging) // slot)}
     held |= {tier.name: None if tier.capacity is None else tier.capacity // slot for tier in storage}
     return {
@@ -136,17 +138,17 @@ def fits(loaded: Loaded, name: str, layout: KVLayout) -> dict[str, Any]:
         "chunk_bytes": layout.chunk_bytes,
         "slot_bytes": slot,
         "staging_bytes": staging,
+        "bypassed_below_bytes_s": _rule(loaded, layout),
         "chunks": held,
         "tokens": {tier: None if n is None else n * layout.chunk_tokens for tier, n in held.items()},
     }
 
 
-def _staging(tier: TierConfig, layout: KVLayout) -> int:
-    """Memory that an encoded tier takes out of the memory tier's capacity, as `build` cuts it."""
-    if tier.serde is None:
-        return 0
-    serde = tier.serde.build(SerdeContext(layout=layout, chunk_bytes=layout.chunk_bytes))
-    return 0 if serde.codec == RAW_CODEC else 2 * tier.lane.threads * STAGING_PER_THREAD * staging_buffer_bytes(serde)
+def _rule(loaded: Loaded, layout: KVLayout) -> float | None:
+    """The cost rule for one layout: the slowest tier that is read from, in bytes/s; None where speeds are measured."""
+    rule = loaded.config.recompute
+    rate = rule.tokens_per_s
+    return rate * layout.token_bytes / rule.factor if isinstance(rate, (int, float)) else None
 
 
 def _text(record: dict[str, Any]) -> str:
@@ -165,16 +167,32 @@ def _text(record: dict[str, Any]) -> str:
     ]
     lines.append(f"  threads  {budget['threads']} for storage tiers")
     lines.append(f"  files    the process may open {budget['open_files_limit']}; `lmcachectl check` counts them")
+    lines.append(f"  reads    {_cost_rule(budget)}")
     lines += ["", "fits (chunks of every tier, encoded tiers at least)"]
     tiers = list(record["fits"][0]["chunks"])
-    rows = [["model", "per token", "per chunk", *(f"{tier}: tokens (chunks)" for tier in tiers)]]
+    slow = ["bypassed below"] if record["fits"][0]["bypassed_below_bytes_s"] is not None else []
+    rows = [["model", "per token", "per chunk", *(f"{tier}: tokens (chunks)" for tier in tiers), *slow]]
     for fit in record["fits"]:
         held = [
             "no limit" if fit["chunks"][t] is None else f"{fit['tokens'][t]:,} ({fit['chunks'][t]:,})" for t in tiers
         ]
-        rows.append([fit["model"], format_bytes(fit["token_bytes"]), format_bytes(fit["chunk_bytes"]), *held])
+        limit = [f"{format_bytes(round(fit['bypassed_below_bytes_s']))}/s"] if slow else []
+        rows.append([fit["model"], format_bytes(fit["token_bytes"]), format_bytes(fit["chunk_bytes"]), *held, *limit])
     lines.append(table(rows))
     return "\n".join(lines)
+
+
+def _cost_rule(budget: dict[str, Any]) -> str:
+    rate, factor = budget["recompute_tokens_s"], budget["recompute_factor"]
+    if rate is None:
+        return (
+            "waited for up to the lane's deadline: without `recompute.tokens_per_s` no tier is bypassed for being slow"
+        )
+    known = "as measured by the adapter" if rate == "measure" else f"{rate:g} tokens/s"
+    return (
+        f"given up, and slow tiers bypassed, where they take longer than {factor:g} x computing the tokens ({known}); "
+        "the speed of each tier is measured, see `stats()`"
+    )
 
 
 def _show(path: str, value: Any) -> str:
@@ -184,4 +202,4 @@ def _show(path: str, value: Any) -> str:
         return str(value).lower()
     if path.rpartition(".")[2] in _BYTES:
         return format_bytes(value)
-    return f"{value} s" if path.endswith(".deadline") else str(value)
+    return f"{value} s" if path.endswith("deadline") else str(value)

@@ -18,6 +18,7 @@ from fake_vllm import (
 )
 
 from lmcache_core.adapters import _vllm_scheduler
+from lmcache_core.adapters._vllm_wire import StepReport
 from lmcache_core.pipeline import Transfer
 from lmcache_core.testing.invariants import settle
 from lmcache_core.types import MissReason
@@ -101,6 +102,31 @@ def test_refused_and_unread_requests() -> None:
     ask(engine, prompt, read=False)
     assert ask(engine, prompt, read=False).external == 0
     assert ask(engine, prompt).external == 48
+    settle(pipeline)
+
+
+def test_the_speed_of_prefill_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the plan of a step that computes a prompt to its report; not where it loads, nor for single tokens."""
+    now = [100.0]
+    monkeypatch.setattr(_vllm_scheduler, "monotonic", lambda: now[0])
+    monkeypatch.setattr(_vllm_scheduler, "MEASURED_TOKENS", CHUNK)
+    pipeline = make_pipeline(32)
+    noted: list[tuple[int, float]] = []
+    monkeypatch.setattr(pipeline, "note_prefill", lambda tokens, seconds: noted.append((tokens, seconds)))
+    engine = FakeEngine(pipeline, budget=100)
+    prompt = tokens(4 * CHUNK)
+    assert engine.connector is not None
+    done = engine.connector.done
+
+    def slowly(report: StepReport) -> None:
+        now[0] += 0.5
+        done(report)
+
+    monkeypatch.setattr(engine.connector, "done", slowly)
+    ask(engine, prompt, max_new=2 * CHUNK)
+    assert noted == [(4 * CHUNK, 0.5)]
+    ask(engine, [*prompt, *tokens(3 * CHUNK, seed=1)])
+    assert noted == [(4 * CHUNK, 0.5)], "a step that loads says nothing about computing"
     settle(pipeline)
 
 
