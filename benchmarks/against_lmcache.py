@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -25,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from lmcache_backends.redis_store import RedisConfig
+from lmcache_backends.redis_store.rig import Server
 from lmcache_core import _native
 from lmcache_core.cli import bench_common
 from lmcache_core.cli.bench_common import (
@@ -45,10 +48,14 @@ from lmcache_core.cli.model import default_directory
 from lmcache_core.errors import LMCacheError
 from lmcache_core.identity import Identity
 from lmcache_core.keys import chunk_keys
+from lmcache_core.protocols import BuildContext
 from lmcache_core.types import ChunkKey, object_bytes, round_up
 
 LEVEL = 0.97
 """From this ratio on two sides count as level: the spread of a quiet machine."""
+
+THREADS = 2
+"""Callers of our Redis backend at a time; LMCache's connector brings threads of its own."""
 
 LAYOUT = preset("llama-3.1-8b", CHUNK_TOKENS)
 WORKER = Path(__file__).with_name("peer_worker.py")
@@ -329,6 +336,43 @@ def disk_rows(peer: Peer, effort: Effort, directory: Path) -> list[Row]:
     return rows
 
 
+def redis_rows(peer: Peer, effort: Effort, directory: Path) -> list[Row]:
+    """Put and get of 8 MiB chunks on one Redis server: whole calls of our backend, sealed objects, no retries."""
+    chunks, nbytes = 16, 8 << 20
+    seconds = effort.disk_turn
+    source = Arena(object_bytes(nbytes), (chunks + 2) * round_up(object_bytes(nbytes)))
+    source.fill()
+    views = [memoryview(source.piece(i)).cast("B") for i in range(chunks)]
+    keys = fresh_keys(chunks)
+    with Server(directory / "redis") as server:
+        config = RedisConfig(url=f"redis://127.0.0.1:{server.port}")
+        backend = config.build(BuildContext("bench", object_bytes(nbytes), None, THREADS, deadline=60.0))
+        peer("redis", url=f"redis://127.0.0.1:{server.port}", chunks=chunks)
+        pool = ThreadPoolExecutor(THREADS)
+        parts = [slice(at, at + chunks // THREADS) for at in range(0, chunks, chunks // THREADS)]
+
+        def moving(call: Callable[[slice], list[Any]], good: Any) -> Arm:
+            def arm(_: int) -> float:
+                moved, begun = 0, perf_counter()
+                while not moved or perf_counter() - begun < seconds:
+                    if any(result != good for part in pool.map(call, parts) for result in part):
+                        raise LMCacheError("Redis did not take or give every object: the measurement is void")
+                    moved += chunks * nbytes
+                return moved / (perf_counter() - begun)
+
+            return arm
+
+        put = moving(lambda part: backend.put_from(keys[part], views[part]), None)
+        get = moving(lambda part: backend.get_into(keys[part], views[part]), object_bytes(nbytes))
+        rows = []
+        for name, ours in (("put", put), ("get", get)):
+            arms: dict[str, Arm] = {"ours": ours, "legacy": peer.arm(name, part="redis", seconds=seconds)}
+            rows.append(compare(f"Redis {name}, 8 MiB", "GB/s", 1e-9, effort.disk_rounds, arms))
+        pool.shutdown()
+        backend.close()
+    return rows
+
+
 def render(rows: Sequence[Row]) -> str:
     """A table in Markdown."""
     lines = [
@@ -357,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--path", type=Path, metavar="DIR", help="where to measure the disk (default: the cache directory)"
     )
     parser.add_argument(
-        "--only", choices=("memory", "disk", "small"), action="append", help="only these; may be repeated"
+        "--only", choices=("memory", "disk", "redis", "small"), action="append", help="only these; may be repeated"
     )
     parser.add_argument("--json", action="store_true", help="print the JSON object only")
     args = parser.parse_args(argv)
@@ -369,6 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts: dict[str, Callable[[Peer], list[Row]]] = {
         "memory": lambda peer: memory_rows(peer, effort),
         "disk": lambda peer: disk_rows(peer, effort, directory),
+        "redis": lambda peer: redis_rows(peer, effort, directory),
         "small": lambda peer: small_rows(peer, effort),
     }
     try:

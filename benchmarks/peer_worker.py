@@ -53,6 +53,7 @@ from lmcache.v1.metadata import LMCacheMetadata  # noqa: E402
 from lmcache.v1.multiprocess.token_hasher import TokenHasher  # noqa: E402
 from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend  # noqa: E402
 from lmcache.v1.storage_backend.local_disk_backend import LocalDiskBackend  # noqa: E402
+from lmcache.v1.storage_backend.remote_backend import RemoteBackend  # noqa: E402
 from lmcache.v1.token_database import ChunkedTokenDatabase  # noqa: E402
 
 torch.set_num_threads(1)
@@ -263,6 +264,65 @@ class LegacyDisk:
             for thing in found:
                 thing.ref_count_down()
             moved += self.chunks * nbytes(BIG)
+        return moved / (time.perf_counter() - begun)
+
+
+class LegacyRedis:
+    """The in-process remote backend with its Redis connector; 8 MiB chunks from and into its CPU pool, not encoded."""
+
+    def __init__(self, url: str, chunks: int, source: Tensors) -> None:
+        shape = torch.Size([2, 32, CHUNK_TOKENS // 4, 1024])
+        self.nbytes = nbytes(shape)
+        settings = LMCacheEngineConfig.from_defaults(
+            chunk_size=CHUNK_TOKENS // 4,
+            lmcache_instance_id="bench",
+            local_cpu=False,
+            max_local_cpu_size=(3 * chunks + 4) * self.nbytes / GIB,
+            remote_url=url,
+            remote_serde="naive",
+        )
+        about = LMCacheMetadata(
+            model_name="bench/model",
+            world_size=1,
+            local_world_size=1,
+            worker_id=0,
+            local_worker_id=0,
+            kv_dtype=DTYPE,
+            kv_shape=(32, 2, CHUNK_TOKENS // 4, 8, 128),
+            chunk_size=CHUNK_TOKENS // 4,
+            role="worker",
+        )
+        self.pool = LocalCPUBackend(settings, about, "cpu")
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, daemon=True).start()
+        self.backend = RemoteBackend(settings, about, loop, self.pool, "cpu")
+        self.keys = LegacyKeys().take(chunks)
+        self.objects = []
+        for tensor in source.take(chunks):
+            found = self.pool.allocate(shape, DTYPE)
+            found.tensor.copy_(tensor[:, :, : CHUNK_TOKENS // 4])
+            self.objects.append(found)
+
+    def put(self, seconds: float = 0.0) -> float:
+        """Batch after batch of the same keys, each until it is stored."""
+        moved, begun = 0, time.perf_counter()
+        while not moved or time.perf_counter() - begun < seconds:
+            done: list[object] = []
+            self.backend.batched_submit_put_task(self.keys, self.objects, on_complete_callback=done.append)
+            while len(done) < len(self.keys):
+                time.sleep(0.0005)
+            moved += len(self.keys) * self.nbytes
+        return moved / (time.perf_counter() - begun)
+
+    def get(self, seconds: float = 0.0) -> float:
+        """Batch after batch; each call blocks until its batch is there."""
+        moved, begun = 0, time.perf_counter()
+        while not moved or time.perf_counter() - begun < seconds:
+            found = self.backend.batched_get_blocking(self.keys)
+            assert all(thing is not None for thing in found), "a chunk in Redis was not found"
+            for thing in found:
+                thing.ref_count_down()
+            moved += len(found) * self.nbytes
         return moved / (time.perf_counter() - begun)
 
 
@@ -479,6 +539,10 @@ class Worker:
             "engine": Engine(),
         }
         self.parts["mp_control"].store(copy=False)
+        return 0.0
+
+    def redis(self, url: str, chunks: int) -> float:
+        self.parts["redis"] = LegacyRedis(url, chunks, Tensors(chunks))
         return 0.0
 
     def disk(self, directory: str, chunks: int) -> float:

@@ -28,7 +28,7 @@ from lmcache_core.types import ChunkKey, MissReason
 
 pytestmark = pytest.mark.timeout(60)
 
-PROMPT_S = 0.5
+PROMPT_S = 1.0
 """Far more than any call that does not wait takes, far less than the minute that a held medium hangs."""
 
 QUICK = LaneConfig(threads=2, deadline=0.1)

@@ -18,7 +18,7 @@ from pydantic import SecretStr, ValidationError
 from redis_servers import build, client, configure, poll, tracked, untracked
 
 from lmcache_backends.redis_store import RedisConfig
-from lmcache_backends.redis_store.format import HEAD_BYTES, Head, Names
+from lmcache_backends.redis_store.format import HEAD_BYTES, MOST_PIECES, Head, Names
 from lmcache_backends.redis_store.rig import RedisRig, Server
 from lmcache_backends.redis_store.wire import Late, Link, Lost, Push, ServerError, command
 from lmcache_core.errors import BackendUnavailable, Closed, CorruptChunk
@@ -121,6 +121,13 @@ def test_no_damage_to_a_head_goes_unseen() -> None:
     for size in range(HEAD_BYTES):
         with pytest.raises(CorruptChunk):
             Head.unpack(packed[:size])
+
+
+def test_a_head_cannot_ask_for_a_list_that_fills_memory() -> None:
+    assert Head.plan(bytes(8), 1 << 40, 1).count < MOST_PIECES
+    assert Head.unpack(Head(bytes(8), MOST_PIECES + 1, 1, 1).pack()).count == MOST_PIECES
+    with pytest.raises(CorruptChunk, match="sizes"):
+        Head.unpack(Head(bytes(8), 1 << 62, 1, 1).pack())
 
 
 def test_names() -> None:

@@ -31,6 +31,7 @@ from lmcache_core.types import KEY_BYTES, ChunkKey, MissReason
 
 MAGIC = b"LMCRED\x01\n"
 HEAD_BYTES = 64
+MOST_PIECES = 1 << 16
 GENERATION_BYTES = 8
 _FIELDS = struct.Struct("<8s8sQQQ16x")
 _CHECK = struct.Struct("<Q")
@@ -49,7 +50,7 @@ class Head:
     @classmethod
     def plan(cls, generation: bytes, nbytes: int, part_bytes: int) -> Head:
         """Pieces of equal size, as near to `part_bytes` as their number allows."""
-        count = max(1, round(nbytes / part_bytes))
+        count = min(max(1, round(nbytes / part_bytes)), MOST_PIECES)
         piece = max(1, -(-nbytes // count))
         return cls(generation, nbytes, min(piece, nbytes), piece)
 
@@ -63,9 +64,11 @@ class Head:
         magic, generation, nbytes, first, piece = _FIELDS.unpack_from(data)
         if magic != MAGIC:
             raise CorruptChunk(MissReason.VERSION, "another format in Redis")
-        if not piece > 0 or first > nbytes:
+        head = cls(generation, nbytes, first, piece)
+        # The names of the pieces are made before any is read: a head may not ask for a list that fills memory.
+        if not piece > 0 or first > nbytes or head.count > MOST_PIECES:
             raise CorruptChunk(MissReason.CORRUPT, "sizes in the head in Redis")
-        return cls(generation, nbytes, first, piece)
+        return head
 
     def pack(self) -> bytes:
         """The 64 bytes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ DESCRIPTION = """\
 Start what a backend needs on loopback, by its rig, and measure it beside the best tool or client of its medium.
 
 figures (medians over the rounds; objects are sealed, as a tier's are):
-  put_gb_s, get_gb_s   GB/s of the backend: 4 threads, 4 objects a call, as a tier's lane calls it
+  put_gb_s, get_gb_s   GB/s of the backend: a thread for each core, at most 4, with 4 objects a call
   put_vs_baseline      median over the rounds of backend / baseline; the baseline is named in `baseline`
   get_vs_baseline      likewise; both are null where the medium has nothing to compare with
   exists_1000_ms       one `contains` of 1,000 keys, half of them stored
@@ -115,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
 
 def measure_backend(medium: Medium, object_bytes: int, effort: BackendEffort) -> dict[str, Any]:
     """All figures with what they come from, as plain data. The medium must be empty, and is empty in the end."""
+    threads = min(_MOST_THREADS, os.cpu_count() or 1)
     start, longest = monotonic(), 0.0
     machine = describe_machine()
     seen: list[Figures] = []
@@ -122,7 +124,12 @@ def measure_backend(medium: Medium, object_bytes: int, effort: BackendEffort) ->
 
     def ours(seconds: int) -> None:
         found = measure(
-            medium.config, object_bytes=object_bytes, seconds=seconds, working_set=effort.working_set, batch=4
+            medium.config,
+            object_bytes=object_bytes,
+            seconds=seconds,
+            working_set=effort.working_set,
+            threads=threads,
+            batch=4,
         )
         seen.append(found)
         rates.setdefault("put", []).append(found.put_gb_s * 1e9)
@@ -169,6 +176,7 @@ def measure_backend(medium: Medium, object_bytes: int, effort: BackendEffort) ->
         "baseline": medium.baseline.name if medium.baseline is not None else None,
         "machine": machine,
         "object_bytes": object_bytes,
+        "threads": threads,
         "rounds": len(seen),
         "put": found["put"],
         "get": found["get"],
@@ -214,4 +222,5 @@ def render(result: Mapping[str, Any]) -> str:
     return "\n\n".join([head, table(rows), table(small)])
 
 
+_MOST_THREADS = 4
 _COLUMNS = ("subject", "subject_best", "control", "control_best", "ratio")

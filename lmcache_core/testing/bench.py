@@ -82,7 +82,9 @@ def measure(
     """Measure the medium that `config` reaches, which must be empty and is left empty: about `2 * seconds` in all.
 
     Objects of `object_bytes` are put until `working_set` bytes are stored, by `threads` threads that hand over `batch`
-    objects a call; between such rounds everything is deleted, off the clock. The gets read what the last round stored.
+    objects a call. That fills the medium, off the clock. Then every put makes room first, as in a full cache: as many
+    objects are deleted before it, on the clock. The gets read everything in turn.
+
     Memory backends are measured by copying in and out of a region. Raise `BackendError` where the backend fails or
     returns other bytes than were stored: such a backend has no speed.
     """
@@ -118,16 +120,21 @@ class _Run:
         self.sources = [_object(_key(i), object_bytes) for i in range(batch)]
         self.targets = [[aligned(round_up(object_bytes)) for _ in range(batch)] for _ in range(threads)]
         self.object_bytes = object_bytes
+        self.random = Random(0)
 
     def figures(self, seconds: float) -> Figures:
         put, get = _Phase(), _Phase()
-        self.round(_Phase(), self.put, self.batches[: self.threads], math.inf)  # connections, first touches
-        self.empty(self.batches[: self.threads])
-        # A slow medium is cut off in its first round, and gets read what it holds then.
-        self.batches = self.batches[: self.round(put, self.put, self.batches, seconds)]
+        # Connections, and memory and blocks that the medium touches for the first time. A slow one is cut off here.
+        self.batches = self.batches[: self.round(_Phase(), self.put, self.batches, seconds)]
         while put.wall_s < seconds:
-            self.empty(self.batches)
-            self.round(put, self.put, self.batches, math.inf)
+            # Some of what is there, as it is evicted: here and there.
+            chosen = self.batches
+            if len(chosen) >= 4 * self.threads:
+                keys = [key for batch in self.batches for key in batch]
+                self.random.shuffle(keys)
+                self.batches = [keys[at : at + self.batch] for at in range(0, len(keys), self.batch)]
+                chosen = self.batches[: len(self.batches) // 2]
+            self.round(put, self.replace, chosen, math.inf)
         exists_ms = self.exists_ms(seconds)
         self.round(_Phase(), self.get, self.batches[: self.threads], math.inf)
         self.round(get, self.get, cycle(self.batches), seconds)
@@ -178,6 +185,11 @@ class _Run:
             if result is not None:
                 raise BackendError(f"the backend did not store an object: {result!r}") from result
 
+    def replace(self, thread: int, keys: Sequence[ChunkKey]) -> None:
+        """A put into a full medium makes room first."""
+        self.backend.delete(keys)
+        self.put(thread, keys)
+
     def get(self, thread: int, keys: Sequence[ChunkKey]) -> None:
         for result in self.backend.get_into(keys, self.targets[thread]):
             if result != self.object_bytes:
@@ -189,7 +201,7 @@ class _Run:
         present = [key for keys in self.batches for key in keys][: EXISTENCE_KEYS // 2]
         absent = [_key(i, b"absent") for i in range(EXISTENCE_KEYS - len(present))]
         keys = present + absent
-        Random(0).shuffle(keys)
+        self.random.shuffle(keys)
         stored = set(present)
         wanted = [key in stored for key in keys]
         taken: list[float] = []
@@ -204,8 +216,8 @@ class _Run:
         return median(taken)
 
     def verify(self) -> None:
-        """Compare one batch with what was put."""
-        self.get(0, self.batches[-1])
+        """Compare one batch with what was put, and put together."""
+        self.get(0, self.batches[0])
         for target, source in zip(self.targets[0], self.sources, strict=True):
             if target[: self.object_bytes] != source:
                 raise BackendError("the backend returned other bytes than were stored")
