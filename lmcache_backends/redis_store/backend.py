@@ -13,7 +13,7 @@ from lmcache_backends.redis_store.format import Head, Names
 from lmcache_backends.redis_store.presence import Presence
 from lmcache_backends.redis_store.servers import Servers, Target
 from lmcache_backends.redis_store.transfer import OPEN, Reader, Refused, Writer, head_in, read_head, transaction
-from lmcache_backends.redis_store.wire import Address, Link, Moved, command
+from lmcache_backends.redis_store.wire import Address, Link, Moved, Turns, command
 from lmcache_core.errors import BackendError, Closed
 from lmcache_core.protocols import StorageBackend
 from lmcache_core.types import ChunkKey, Got, Put
@@ -56,6 +56,7 @@ class RedisBackend(StorageBackend):
         self._deadline = deadline - min(0.02, deadline / 10)
         self._ttl = None if ttl is None else b"%d" % max(1, round(ttl * 1e3))
         self._adopt = b"%d" % (deadline * 1e3 + _ADOPT_MS)
+        self._writing = Turns()
         self._closed = False
         self._asked = False
         self.presence = Presence(self.servers, self._names, timeout, track_keys) if track_keys else None
@@ -139,7 +140,8 @@ class RedisBackend(StorageBackend):
         until = self._until(sum(len(buffer) for buffer in buffers))
 
         def write(link: Link, some: list[int]) -> None:
-            Writer(link, self._names, self._part_bytes, self._ttl, self._adopt, keys, buffers, results).run(some)
+            with self._writing.turn(link.where, until):
+                Writer(link, self._names, self._part_bytes, self._ttl, self._adopt, keys, buffers, results).run(some)
 
         self._everywhere(keys, results, until, write)
         if self.presence is not None:

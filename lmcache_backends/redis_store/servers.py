@@ -242,7 +242,6 @@ class Servers:
         link, error = None, None
         try:
             link = self.dial(address)
-            link.measure(monotonic() + self._timeout)
         except Exception as raised:
             error = _unavailable(raised, f"connecting to {_listed([address])}")
             if link is not None:

@@ -21,8 +21,8 @@ from lmcache_core.types import ChunkKey, MissReason
 _WINDOW = 2 << 20
 """Bytes asked for ahead of what is being read: enough to keep the server busy, little enough for its memory."""
 
-_AHEAD_RATE = 2e9
-"""Bytes per second that a connection may carry: what is sent ahead keeps it busy while an answer travels."""
+_AHEAD = 16 << 20
+"""Bytes of values sent and not answered for: enough for any network, little enough to stop soon at a refusal."""
 
 OPEN = BackendError("the call ended before this key's turn")
 """Result of a key whose turn has not come."""
@@ -196,9 +196,6 @@ class Writer:
         self._keys = keys
         self._buffers = buffers
         self._results = results
-        # A server that finds more values waiting behind one moves them in memory once more. So no more is sent ahead
-        # than one piece, and what arrives while an answer travels.
-        self._ahead = part_bytes + int(link.rtt * _AHEAD_RATE)
         self._flying = 0
         """Bytes of values sent and not answered for."""
         self._unread: deque[tuple[_Write, int, Callable[[_Write], None]]] = deque()
@@ -223,7 +220,7 @@ class Writer:
             self._link.reply()
 
     def _send(self, write: _Write, frames: _Frames, nbytes: int, read: Callable[[_Write], None]) -> None:
-        while nbytes and self._flying > self._ahead:
+        while nbytes and self._flying > _AHEAD:
             self._read()
         self._link.send(frames)
         self._unread.append((write, nbytes, read))

@@ -10,7 +10,10 @@ import select
 import socket
 import ssl
 import struct
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
@@ -23,7 +26,6 @@ _BUFFER = 64 << 10
 _SIP = 128
 """Bytes to read at once where a piece of an object may follow: what is read too much is copied."""
 _IOV = 512
-_PINGS = 3
 _TIMEVAL = struct.Struct("@ll")
 _TICK_S = 0.004
 """The kernel ends a timed receive on a clock tick, up to this much late."""
@@ -52,6 +54,34 @@ class Late(BackendUnavailable):
     """The call's time was over before the server answered."""
 
 
+class Turns:
+    """One call at a time for each server, in the order they came. A Redis server has one thread: calls side by side
+    only take the client's processor from each other (measured on two cores: 2.5 GB/s by four threads, 3.3 in turn)."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._queues: dict[str, deque[object]] = {}
+        """By server: who has the turn, then who waits."""
+
+    @contextmanager
+    def turn(self, where: str, until: float) -> Iterator[None]:
+        """Wait for the turn, at most until then, and have it. Raise `Late`."""
+        me = object()
+        with self._changed:
+            queue = self._queues.setdefault(where, deque())
+            queue.append(me)
+            if not self._changed.wait_for(lambda: queue[0] is me, max(0.0, until - monotonic())):
+                queue.remove(me)
+                self._changed.notify_all()
+                raise Late(f"{where}: others are still writing to it")
+        try:
+            yield
+        finally:
+            with self._changed:
+                queue.popleft()
+                self._changed.notify_all()
+
+
 class Lost(BackendUnavailable):
     """The connection broke, or what came over it was not the Redis protocol."""
 
@@ -76,8 +106,6 @@ class Link:
         self.address = address
         self.where = f"Redis at {address[0]}:{address[1]}" if address[1] else f"Redis at {address[0]}"
         self.until = 0.0
-        self.rtt = 0.0
-        """Seconds an answer takes at best."""
         self.codes: set[str] = set()
         """Codes of the error replies seen since `begin`."""
         self._connection = connection
@@ -94,17 +122,6 @@ class Link:
         self._at = self._end = 0
 
     # -- life ------------------------------------------------------------------------------------------------
-    def measure(self, until: float) -> None:
-        """Find out `rtt`. Raise `Late` or `Lost`."""
-        self.begin(until)
-        times = []
-        for _ in range(_PINGS):
-            start = monotonic()
-            self.send([command(b"PING")])
-            self.reply()
-            times.append(monotonic() - start)
-        self.rtt = min(times)
-
     def begin(self, until: float) -> None:
         """Start a call on this connection."""
         self.until = until

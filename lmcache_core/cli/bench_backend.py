@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -116,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 def measure_backend(medium: Medium, object_bytes: int, effort: BackendEffort) -> dict[str, Any]:
     """All figures with what they come from, as plain data. The medium must be empty, and is empty in the end."""
-    threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    threads = 4
     start, longest = monotonic(), 0.0
     machine = describe_machine()
     seen: list[Figures] = []

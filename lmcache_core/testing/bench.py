@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -125,19 +125,17 @@ class _Run:
     def figures(self, seconds: float) -> Figures:
         put, get = _Phase(), _Phase()
         # Connections, and memory and blocks that the medium touches for the first time. A slow one is cut off here.
-        self.batches = self.batches[: self.round(_Phase(), self.put, self.batches, seconds)]
-        while put.wall_s < seconds:
-            # Some of what is there, as it is evicted: here and there.
-            chosen = self.batches
-            if len(chosen) >= 4 * self.threads:
-                keys = [key for batch in self.batches for key in batch]
-                self.random.shuffle(keys)
-                self.batches = [keys[at : at + self.batch] for at in range(0, len(keys), self.batch)]
-                chosen = self.batches[: len(self.batches) // 2]
-            self.round(put, self.replace, chosen, math.inf)
+        self.batches = self.batches[: self.round(_Phase(), self.put, self.shared(self.batches), seconds)]
+        # What is evicted lies here and there.
+        keys = [key for batch in self.batches for key in batch]
+        self.random.shuffle(keys)
+        self.batches = [keys[at : at + self.batch] for at in range(0, len(keys), self.batch)]
+        # Each thread has batches of its own: no object is replaced by two at once.
+        own = [cycle(self.batches[thread :: self.threads]) for thread in range(self.threads)]
+        self.round(put, self.replace, own, seconds)
         exists_ms = self.exists_ms(seconds)
-        self.round(_Phase(), self.get, self.batches[: self.threads], math.inf)
-        self.round(get, self.get, cycle(self.batches), seconds)
+        self.round(_Phase(), self.get, self.shared(self.batches[: self.threads]), math.inf)
+        self.round(get, self.get, self.shared(cycle(self.batches)), seconds)
         self.verify()
         self.empty(self.batches)
         return Figures(
@@ -152,21 +150,24 @@ class _Run:
             batch=self.batch,
         )
 
+    def shared(self, batches: Iterable[list[ChunkKey]]) -> list[Iterator[list[ChunkKey]]]:
+        """All threads take from one source."""
+        return [iter(batches)] * self.threads
+
     def round(
         self,
         phase: _Phase,
         call: Callable[[int, Sequence[ChunkKey]], None],
-        batches: Sequence[list[ChunkKey]] | Iterator[list[ChunkKey]],
+        sources: Sequence[Iterator[list[ChunkKey]]],
         seconds: float,
     ) -> int:
-        """Let all threads make calls until no batch is left or `seconds` are over; add it to `phase`. Calls made."""
-        todo = iter(batches)
+        """Let each thread make calls until its source is empty or `seconds` are over; add it to `phase`. Calls made."""
         began, cpu = perf_counter(), _cpu_s()
 
         def work(thread: int) -> list[float]:
             taken: list[float] = []
             before = perf_counter()
-            while (not taken or before - began < seconds) and (keys := next(todo, None)) is not None:
+            while (not taken or before - began < seconds) and (keys := next(sources[thread], None)) is not None:
                 call(thread, keys)
                 after = perf_counter()
                 taken.append(after - before)
