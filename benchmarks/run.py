@@ -71,7 +71,13 @@ BENCHMARKS: dict[str, Benchmark] = {
         [*LMCACHECTL, "demo", "--engine", "vllm", "--json"], "lmcachectl demo --engine vllm", _needs("torch", "vllm")
     ),
 }
-QUICK = ("tiers", "lmcache")
+BACKENDS = {"gds": 0.9, "redis": 0.8, "fsspec": 0.9, "s3": 0.9, "mooncake": 0.9}
+"""Media that are measured against the best client of their own, with the ratio that is the goal."""
+for _type in BACKENDS:
+    BENCHMARKS[_type] = Benchmark(
+        [*LMCACHECTL, "bench", "backend", _type, "--json"], f"lmcachectl bench backend {_type}", lambda: None
+    )
+QUICK = ("tiers", "lmcache", *BACKENDS)
 """Benchmarks that know --quick."""
 
 
@@ -188,6 +194,23 @@ def ttft_table(results: Mapping[str, Result]) -> str:
     return "\n\n".join(blocks)
 
 
+def backends_table(results: Mapping[str, Result]) -> str:
+    """Every medium against the best client of its own."""
+    found = {name: results[name] for name in BACKENDS if name in results}
+    rows = []
+    for name, result in found.items():
+        figures, goal = result["figures"], BACKENDS[name]
+        ratios = [figures["put_vs_baseline"], figures["get_vs_baseline"]]
+        verdict = "met" if min(ratios) >= goal else "**not met**"
+        rates = [f"{figures['put_gb_s']:.2f}", f"{figures['get_gb_s']:.2f}", *(f"{ratio:.2f}" for ratio in ratios)]
+        small = [f"{figures['exists_1000_ms']:.3g}", f"{figures['cpu_s_per_gb']:.2f}", result["baseline"]]
+        rows.append([f"`{name}`", *rates, f">= {goal}, {verdict}", *small])
+    head = ["", "put GB/s", "get GB/s", "put ratio", "get ratio", "goal", "1,000 exist, ms", "CPU s/GB", "baseline"]
+    commands = ", ".join(f"`{result['command']}`" for result in found.values())
+    machine = where(next(iter(found.values()))).partition(" on ")[2]
+    return f"{commands} on {machine}\n\n{grid(head, rows)}"
+
+
 def readme_table(results: Mapping[str, Result]) -> str:
     """The short version."""
     blocks = []
@@ -212,6 +235,8 @@ def tables(results: Mapping[str, Result]) -> dict[str, str]:
         made["tiers"] = tiers_table(results["tiers"])
     if "lmcache" in results:
         made["lmcache"] = lmcache_table(results["lmcache"])
+    if any(name in results for name in BACKENDS):
+        made["backends"] = backends_table(results)
     return {name: text for name, text in made.items() if text}
 
 
