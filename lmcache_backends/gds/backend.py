@@ -45,7 +45,7 @@ class DiskBackend(StorageBackend):
     ) -> None:
         """`open_volume(device)` opens the directory if it is on that device; with None it is made where missing.
 
-        At most `turns` batches are read at once, and as many written. A disk that serves all callers side by side
+        At most `turns` batches are written at once, and twice as many read. A disk that serves all callers side by side
         finishes them together, then idles while they all compute checksums; so some wait here for their turn.
         """
         self._open_volume = open_volume
@@ -53,7 +53,7 @@ class DiskBackend(StorageBackend):
         self._volume: Volume | None = open_volume(None)
         self._device = self._volume.folder.device
         self._turn = threading.Lock()
-        self._reads = _Turns(turns)
+        self._reads = _Turns(2 * turns)
         self._writes = _Turns(turns)
         self._closed = False
 
