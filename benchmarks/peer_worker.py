@@ -70,7 +70,9 @@ def nbytes(shape: torch.Size) -> int:
     return shape.numel() * DTYPE.itemsize
 
 
-def metadata(kv_shape: tuple[int, ...] = (32, 2, CHUNK_TOKENS, 8, 128)) -> LMCacheMetadata:
+def metadata(
+    kv_shape: tuple[int, ...] = (32, 2, CHUNK_TOKENS, 8, 128), chunk_tokens: int = CHUNK_TOKENS
+) -> LMCacheMetadata:
     return LMCacheMetadata(
         model_name="bench/model",
         world_size=1,
@@ -79,7 +81,7 @@ def metadata(kv_shape: tuple[int, ...] = (32, 2, CHUNK_TOKENS, 8, 128)) -> LMCac
         local_worker_id=0,
         kv_dtype=DTYPE,
         kv_shape=kv_shape,
-        chunk_size=CHUNK_TOKENS,
+        chunk_size=chunk_tokens,
         role="worker",
     )
 
@@ -281,17 +283,7 @@ class LegacyRedis:
             remote_url=url,
             remote_serde="naive",
         )
-        about = LMCacheMetadata(
-            model_name="bench/model",
-            world_size=1,
-            local_world_size=1,
-            worker_id=0,
-            local_worker_id=0,
-            kv_dtype=DTYPE,
-            kv_shape=(32, 2, CHUNK_TOKENS // 4, 8, 128),
-            chunk_size=CHUNK_TOKENS // 4,
-            role="worker",
-        )
+        about = metadata((32, 2, CHUNK_TOKENS // 4, 8, 128), CHUNK_TOKENS // 4)
         self.pool = LocalCPUBackend(settings, about, "cpu")
         loop = asyncio.new_event_loop()
         threading.Thread(target=loop.run_forever, daemon=True).start()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Read when torch is first loaded: spinning OpenMP threads starve every other thread on a machine with few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
+from dists import Distributions
 from hypothesis import settings
 
 from lmcache_backends.cpu import CpuConfig
@@ -82,3 +85,14 @@ def pipelines(layout: KVLayout) -> Iterator[BuildPipeline]:
     finally:
         for pipeline, _ in opened:
             pipeline.close()
+
+
+@pytest.fixture
+def dists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Distributions]:
+    """Distributions that are installed for one test only."""
+    path = tmp_path / "site"
+    path.mkdir()
+    monkeypatch.syspath_prepend(str(path))
+    yield Distributions(path)
+    for name in [n for n, m in sys.modules.items() if str(path) in str(getattr(m, "__file__", None))]:
+        del sys.modules[name]

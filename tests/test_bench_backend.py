@@ -6,8 +6,7 @@ Nothing here looks at how long anything took.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
@@ -41,16 +40,6 @@ class S9Rig(Rig):
         yield Medium(Config(url="s9://rig", region="rig"), Baseline("s9-bench", lambda n, s: 1e9, lambda n, s: 2e9))
         (directory / "up").unlink()
 """
-
-
-@pytest.fixture
-def dists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Distributions]:
-    path = tmp_path / "site"
-    path.mkdir()
-    monkeypatch.syspath_prepend(str(path))
-    yield Distributions(path)
-    for name in [n for n, m in sys.modules.items() if str(path) in str(getattr(m, "__file__", None))]:
-        del sys.modules[name]
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +43,6 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("LMCACHE_"):
             monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def dists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Distributions]:
-    path = tmp_path / "site"
-    path.mkdir()
-    monkeypatch.syspath_prepend(str(path))
-    yield Distributions(path)
-    for name in [n for n, m in sys.modules.items() if str(path) in str(getattr(m, "__file__", None))]:
-        del sys.modules[name]
 
 
 def write(directory: Path, content: str, name: str = "lmcache.yaml") -> str:

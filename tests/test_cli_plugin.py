@@ -9,7 +9,6 @@ import sys
 import sysconfig
 import tomllib
 import venv
-from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
 
@@ -25,16 +24,6 @@ ROOT = Path(__file__).parent.parent
 Capture = pytest.CaptureFixture[str]
 LONGEST = "a_name_of_24_letters_abc"
 RUFF = ["check", "--line-length=120", "--select=E,F,W,I,UP,B,C4,SIM,RUF,PT,PIE,RET"], ["format", "--line-length=120"]
-
-
-@pytest.fixture
-def dists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Distributions]:
-    path = tmp_path / "site"
-    path.mkdir()
-    monkeypatch.syspath_prepend(str(path))
-    yield Distributions(path)
-    for name in [n for n, m in sys.modules.items() if str(path) in str(getattr(m, "__file__", None))]:
-        del sys.modules[name]
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,16 +32,6 @@ def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     monkeypatch.setattr(threading, "check_test_release", event, raising=False)
     yield event
     event.set()
-
-
-@pytest.fixture
-def dists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Distributions]:
-    path = tmp_path / "site"
-    path.mkdir()
-    monkeypatch.syspath_prepend(str(path))
-    yield Distributions(path)
-    for name in [n for n, m in sys.modules.items() if str(path) in str(getattr(m, "__file__", None))]:
-        del sys.modules[name]
 
 
 def change(dists: Distributions, old: str, new: str, name: str = "far") -> None:

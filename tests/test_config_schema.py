@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,6 @@ from lmcache_core.config import load
 from lmcache_core.errors import ConfigError
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def dists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Distributions]:
-    site = tmp_path / "site"
-    site.mkdir()
-    monkeypatch.syspath_prepend(str(site))
-    yield Distributions(site)
-    for name in [n for n, m in sys.modules.items() if str(site) in str(getattr(m, "__file__", None))]:
-        del sys.modules[name]
 
 
 def far(dists: Distributions) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,18 +21,6 @@ from lmcache_core.protocols import API_VERSION, BuildContext, MemoryBackend, Sto
 from lmcache_core.testing.rig import find_rig
 
 CONTEXT = BuildContext(tier="t", object_bytes=8192, capacity=1 << 20, threads=1)
-
-
-@pytest.fixture
-def dists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Distributions]:
-    before = set(sys.modules)
-    path = tmp_path / "site"
-    path.mkdir()
-    monkeypatch.syspath_prepend(str(path))
-    yield Distributions(path)
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) and str(path) in str(sys.modules[name].__file__):
-            del sys.modules[name]
 
 
 def test_built_ins_come_in_through_entry_points() -> None:
