@@ -135,6 +135,19 @@ def test_a_late_answer_frees_its_thread_and_touches_nothing_else(isolated: Calla
     assert (worker_of(backend), backend.restarts) == (pid, 0)
 
 
+def test_a_late_answer_never_gives_one_place_to_two_calls(isolated: Callable[..., IsolatedStorage]) -> None:
+    """It comes after the caller gave up, and before the caller has put the place back."""
+    backend = isolated(threads=4)
+    with backend._borrowed(monotonic() + 5) as (worker, desk):
+        desk.send({"op": "contains", "keys": []}, monotonic() + 5)
+        desk.stuck = True
+        until(desk.recovered, "the answer")
+        assert backend.contains([key_of(1)]) == [False]
+        assert desk not in worker.free
+    assert backend.contains([key_of(1)]) == [False]
+    assert sorted(map(id, worker.free)) == sorted(map(id, worker.desks))
+
+
 def test_a_worker_that_dies_is_replaced(isolated: Callable[..., IsolatedStorage]) -> None:
     backend = isolated()
     keys, stored = objects(3)

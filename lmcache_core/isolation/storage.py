@@ -55,6 +55,8 @@ class _Desk:
 
     def __init__(self, sock: socket.socket, address: int) -> None:
         self.address = address
+        self.busy = False
+        """A call has it. Changed with the lock held."""
         self.stuck = False
         """A call gave up on it; it is free again when the late answer has come."""
         self._sock = sock
@@ -178,16 +180,24 @@ class _Worker:
             self.process.kill()
         for desk in self.desks:
             desk.hang_up()
-        for desk in [*self.free, *(desk for desk in self.desks if desk.stuck)]:
-            desk.close()
+        for desk in self.desks:
+            if not desk.busy:
+                desk.close()
         # Late writes of the kernel may bring a page back: at most those of the calls that are stuck.
         with contextlib.suppress(OSError):
             self._map.madvise(mmap.MADV_REMOVE)
         _ENDING.append(self.process)
         _ENDING[:] = [process for process in _ENDING if process.poll() is None]
 
+    def take(self) -> _Desk:
+        """A free desk for a call. Lock held."""
+        desk = self.free.pop()
+        desk.busy = True
+        return desk
+
     def give(self, desk: _Desk) -> None:
         """Take a desk back from a call. Lock held."""
+        desk.busy = False
         if self.dead:
             desk.close()
         elif not desk.stuck:
@@ -399,7 +409,7 @@ class IsolatedStorage(StorageBackend):
                     raise Closed(f"{self._name} is closed")
                 worker = self._usable()
                 if worker.free:
-                    desk = worker.free.pop()
+                    desk = worker.take()
                     break
                 if not self._turn.wait(min(0.05, max(0.0, end - monotonic()))) and monotonic() >= end:
                     raise BackendUnavailable(f"{self._name}: every thread of its I/O worker is busy")
@@ -410,7 +420,7 @@ class IsolatedStorage(StorageBackend):
         """Another desk, if one is free and others leave one."""
         with self._turn:
             worker = self._worker
-            return (worker, worker.free.pop()) if worker is not None and len(worker.free) > 1 else None
+            return (worker, worker.take()) if worker is not None and len(worker.free) > 1 else None
 
     @contextlib.contextmanager
     def _returning(self, worker: _Worker, desk: _Desk) -> Iterator[tuple[_Worker, _Desk]]:
@@ -427,7 +437,7 @@ class IsolatedStorage(StorageBackend):
         worker = self._worker
         if worker is not None:
             for desk in worker.desks:
-                if desk.stuck and desk.recovered():
+                if desk.stuck and not desk.busy and desk.recovered():
                     desk.stuck = False
                     worker.free.append(desk)
             if not worker.ended and not worker.stuck:
