@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 import tomllib
 from collections.abc import Iterator
@@ -15,12 +16,21 @@ from hypothesis import strategies as st
 
 from lmcache_core.config import text
 
+CORE_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|0o[0-7]+|0x[0-9a-fA-F]+", re.ASCII)
+"""YAML 1.2.2, 10.3.2. PyYAML follows YAML 1.1, where `1e6` is a word, and so writes it without quotes."""
 WORDS = st.text(st.characters(exclude_categories=["C", "Z"], include_characters=" "), max_size=8)
-PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**18), 10**18) | WORDS | st.floats(-1e6, 1e6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
-    max_leaves=12,
-)
+
+
+def plain(words: st.SearchStrategy[str]) -> st.SearchStrategy[Any]:
+    return st.recursive(
+        st.none() | st.booleans() | st.integers(-(10**18), 10**18) | words | st.floats(-1e6, 1e6),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+        max_leaves=12,
+    )
+
+
+PLAIN = plain(WORDS)
+SAME_IN_BOTH_YAMLS = plain(WORDS.filter(lambda word: not CORE_NUMBER.fullmatch(word)))
 
 
 @given(st.dictionaries(st.text(alphabet=string.ascii_letters, min_size=1, max_size=6), PLAIN, max_size=4))
@@ -33,9 +43,16 @@ def test_json_is_yaml_with_places(data: dict[str, Any]) -> None:
     assert len({place for loc, place in lines.items() if loc}) == len(lines) - 1, "every setting has its own place"
 
 
-@given(st.dictionaries(st.text(alphabet=string.ascii_letters, min_size=1, max_size=6), PLAIN, max_size=4))
+@given(st.dictionaries(st.text(alphabet=string.ascii_letters, min_size=1, max_size=6), SAME_IN_BOTH_YAMLS, max_size=4))
 def test_what_pyyaml_writes_reads_back(data: dict[str, Any]) -> None:
     assert text.parse_yaml("x", yaml.safe_dump(data)).data == data
+
+
+@pytest.mark.parametrize("written, value", [("1e6", 1e6), ("0E0", 0.0), ("0o17", 15), ("'1e6'", "1e6")])
+def test_numbers_are_those_of_yaml_1_2(written: str, value: object) -> None:
+    data = text.parse_yaml("x", f"a: {written}\n").data
+    assert data == {"a": value}
+    assert type(data["a"]) is type(value)
 
 
 def locs(value: Any, loc: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
