@@ -190,8 +190,11 @@ class Pipeline:
             found.answer(t, refusal)
 
     # -- fetching --------------------------------------------------------------------------------------------
-    def fetch(self, keys: Sequence[ChunkKey]) -> Transfer:
-        """Hold the present prefix of `keys`: pin what is in memory, start reading the rest. Never waits."""
+    def fetch(self, keys: Sequence[ChunkKey], preceding: int = 0) -> Transfer:
+        """Hold the present prefix of `keys`: pin what is in memory, start reading the rest. Never waits.
+
+        `preceding`: chunks of the sequence that come before `keys`, because the engine has them itself.
+        """
         transfer = Transfer(self, list(keys))
         slots = self.slots
         self._sweep()
@@ -220,11 +223,11 @@ class Pipeline:
         transfer._deadline = transfer._begun + self._patience
         self._hurry(transfer, len(found) - resident)
         transfer._locate = self._locate(
-            transfer.keys[resident:], lambda located: self._start(transfer, resident, located)
+            transfer.keys[resident:], lambda located: self._start(transfer, resident, located, preceding)
         )
         return transfer
 
-    def _start(self, transfer: Transfer, start: int, located: Locate) -> None:
+    def _start(self, transfer: Transfer, start: int, located: Locate, preceding: int) -> None:
         """Second half of a fetch, once it is known where every chunk is: reserve slots and submit the moves."""
         keys = transfer.keys
         failed: list[tuple[Batch, MissReason]] = []
@@ -246,6 +249,7 @@ class Pipeline:
             room = self._fit(transfer, wanted)
             end = len(transfer._slots)
             slot_at = dict(zip(wanted, room, strict=True))
+            slots.place(room, wanted, preceding * self.layout.chunk_tokens, self.layout.chunk_tokens)
             transfer.count = end
             for position in range(start, end):
                 if transfer._slots[position] < 0 and position not in slot_at:
@@ -303,6 +307,7 @@ class Pipeline:
         slots = self._take(1, key)
         if not slots:
             return []
+        self.slots.starts[slots[0]] = -1
         batch = Batch(tier, [key], slots, monotonic() + tier.deadline, self._epoch, probe=True)
         self._reading += 1
         refusal = self._submit(batch, False)
@@ -563,6 +568,7 @@ class Pipeline:
             if len(taken) < len(positions):
                 self.counts["drop.no_room"] += len(positions) - len(taken)
                 del positions[len(taken) :], new[len(taken) :]
+            slots.place(taken, positions, 0, self.layout.chunk_tokens)
             filling.update(new)
             return Reservation(self, keys, new, taken, positions, self._epoch)
 

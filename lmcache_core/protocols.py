@@ -247,8 +247,12 @@ class Serde(ABC):
         """Most bytes one encoded chunk can take: staging is cut to it at start-up."""
 
     @abstractmethod
-    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview]) -> list[int]:
-        """Encode each chunk into its buffer of `bound()` bytes; return the bytes used."""
+    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview], starts: Sequence[int]) -> list[int]:
+        """Encode each chunk into its buffer of `bound()` bytes; return the bytes used.
+
+        `starts`: how many tokens of its sequence precede each chunk, -1 where that is not known. It helps a codec that
+        treats the first tokens apart or undoes rotary embeddings; what decoding needs of it belongs into the blob.
+        """
 
     @abstractmethod
     def decode(self, blobs: Sequence[memoryview], out: Sequence[memoryview]) -> None:

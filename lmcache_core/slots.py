@@ -47,6 +47,8 @@ class Slots:
         self.pins: list[int] = [0] * self.count
         self.key_of: list[ChunkKey | None] = [None] * self.count
         self.created: list[int] = [0] * self.count
+        self.starts: list[int] = [-1] * self.count
+        """Tokens of its sequence before the chunk; -1 where that is not known."""
         self.sealed = bytearray(self.count)
         """1 where the header page is valid for the raw chunk."""
         self.dirty: dict[int, None] = {}
@@ -131,6 +133,12 @@ class Slots:
                     share.evicted += 1
         self._free(slots)
         self.evicted += len(slots)
+
+    def place(self, slots: Sequence[int], positions: Sequence[int], before: int, chunk_tokens: int) -> None:
+        """Note where in their sequence the chunks of taken slots begin: chunk `positions[i]` after `before` tokens."""
+        starts = self.starts
+        for slot, position in zip(slots, positions, strict=True):
+            starts[slot] = before + position * chunk_tokens
 
     def publish(self, keys: Sequence[ChunkKey], slots: Sequence[int], created: int, *, sealed: bool) -> None:
         """Make taken slots ready. The keys must not be in the index."""

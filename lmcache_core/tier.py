@@ -420,7 +420,9 @@ class StorageTier:
                 some = new[at : at + len(buffers)]
                 bodies = [buffer[HEADER_BYTES : HEADER_BYTES + bound] for buffer in buffers[: len(some)]]
                 try:
-                    sizes = _all(some, self._serde.encode([self._slots.payload(slots[i]) for i in some], bodies))
+                    chunks = [self._slots.payload(slots[i]) for i in some]
+                    starts = [self._slots.starts[slots[i]] for i in some]
+                    sizes = _all(some, self._serde.encode(chunks, bodies, starts))
                     if not all(0 <= size <= bound for size in sizes):
                         raise BackendError(f"serde {self.codec}: sizes {sizes} are not within its bound of {bound}")
                 except PLUGIN_ERRORS as error:

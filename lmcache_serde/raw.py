@@ -25,7 +25,7 @@ class Raw(Serde):
     def bound(self) -> int:
         return self._bytes
 
-    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview]) -> list[int]:
+    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview], starts: Sequence[int]) -> list[int]:
         for chunk, room in zip(chunks, out, strict=True):
             room[: self._bytes] = chunk
         return [self._bytes] * len(chunks)

@@ -64,7 +64,7 @@ class Zstd(Serde):
     def bound(self) -> int:
         return self._table.itemsize + self._bytes
 
-    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview]) -> list[int]:
+    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview], starts: Sequence[int]) -> list[int]:
         return [self._encode(chunk.cast("B"), room) for chunk, room in zip(chunks, out, strict=True)]
 
     def decode(self, blobs: Sequence[memoryview], out: Sequence[memoryview]) -> None:

@@ -304,7 +304,7 @@ class FlipSerde(Serde):
     def bound(self) -> int:
         return self._chunk_bytes
 
-    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview]) -> list[int]:
+    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview], starts: Sequence[int]) -> list[int]:
         for chunk_, buffer in zip(chunks, out, strict=True):
             assert len(buffer) == self._chunk_bytes
             buffer[:] = bytes(255 - byte for byte in chunk_)

@@ -40,7 +40,7 @@ class HalfSerde(Serde):
     def bound(self) -> int:
         return self._chunk_bytes
 
-    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview]) -> list[int]:
+    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview], starts: Sequence[int]) -> list[int]:
         for chunk, buffer in zip(chunks, out, strict=True):
             buffer[:] = bytes(byte & 0xF0 for byte in chunk)
         return [self._chunk_bytes] * len(chunks)

@@ -45,7 +45,7 @@ def kv_like(nbytes: int, seed: int = 0) -> bytes:
 
 def encode(serde: Serde, chunk: bytes) -> bytes:
     room = bytearray([POISON]) * (serde.bound() + 64)
-    (used,) = serde.encode([memoryview(chunk)], [memoryview(room)[: serde.bound()]])
+    (used,) = serde.encode([memoryview(chunk)], [memoryview(room)[: serde.bound()]], [-1])
     assert used <= serde.bound()
     assert set(room[serde.bound() :]) == {POISON}
     return bytes(room[:used])
@@ -103,7 +103,7 @@ def test_batches_keep_their_order(name: str) -> None:
     serde = CONFIGS[name].build(ctx)
     chunks = [kv_like(ctx.chunk_bytes, seed) for seed in range(5)]
     rooms = [bytearray(serde.bound()) for _ in chunks]
-    sizes = serde.encode([memoryview(c) for c in chunks], [memoryview(r) for r in rooms])
+    sizes = serde.encode([memoryview(c) for c in chunks], [memoryview(r) for r in rooms], range(0, 40, 8))
     out = [bytearray(ctx.chunk_bytes) for _ in chunks]
     blobs = [memoryview(room)[:size] for room, size in zip(rooms, sizes, strict=True)]
     serde.decode(blobs, [memoryview(o) for o in out])
@@ -182,7 +182,7 @@ def test_one_serde_serves_many_threads() -> None:
 def test_a_chunk_of_another_size_is_a_bug_not_a_miss() -> None:
     serde = ZstdConfig().build(context())
     with pytest.raises(ValueError, match="expected 8192"):
-        serde.encode([memoryview(bytes(8190))], [memoryview(bytearray(serde.bound()))])
+        serde.encode([memoryview(bytes(8190))], [memoryview(bytearray(serde.bound()))], [0])
     blob = encode(serde, kv_like(8192))
     with pytest.raises(ValueError, match="room of 10 bytes"):
         decode(serde, blob, 10)

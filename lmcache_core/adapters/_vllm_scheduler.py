@@ -204,7 +204,7 @@ class Scheduler:
             if self._held() >= MAX_HELD:
                 return None, False
             keys = state.keys(last)[first:]
-            fetch = state.fetch = _Fetch(first, keys, self.pipeline.fetch(keys))
+            fetch = state.fetch = _Fetch(first, keys, self.pipeline.fetch(keys, first))
         fetch.computed = computed
         lease = fetch.settle()
         if lease is None and (not self._overlap or not fetch.transfer.located):

@@ -22,6 +22,8 @@ from lmcache_core.testing.contracts import ContractBroken, demand
 
 OpenSerde = Callable[[SerdeContext], Serde]
 
+_STARTS = (-1, 0, 256, 1 << 20)
+"""Tokens before a chunk: not known, none, some, many."""
 _GUARD = 64
 _FLOATS = {"float32": np.float32, "float16": np.float16}
 
@@ -59,7 +61,10 @@ class SerdeTests:
         rooms = [bytearray(b"\xdb" * (bound + _GUARD)) for _ in chunks]
         sources = [bytearray(chunk) for chunk in chunks]
         try:
-            sizes = serde.encode([memoryview(s) for s in sources], [memoryview(room)[:bound] for room in rooms])
+            outs = [memoryview(room)[:bound] for room in rooms]
+            sizes = serde.encode(
+                [memoryview(s) for s in sources], outs, [_STARTS[i % len(_STARTS)] for i in range(len(chunks))]
+            )
         except Exception as error:
             raise ContractBroken(contract, f"encode raised {type(error).__name__}: {error}") from error
         demand(len(sizes) == len(chunks), "encoded sizes", f"{len(sizes)} sizes for {len(chunks)} chunks")
@@ -147,7 +152,7 @@ class SerdeTests:
             blobs = self.encode(serde, chunks)
             for chunk, found in zip(chunks, self.restored(serde, blobs, context.chunk_bytes), strict=True):
                 self.demand_same(context, serde, chunk, found, "order")
-            demand(serde.encode([], []) == [], "encoded sizes", "encode([], []) is not []")
+            demand(serde.encode([], [], []) == [], "encoded sizes", "encode([], [], []) is not []")
             serde.decode([], [])
 
     def test_a_blob_is_all_that_is_needed(self, open_serde: OpenSerde) -> None:

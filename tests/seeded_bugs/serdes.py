@@ -28,7 +28,7 @@ class Correct(Serde):
     def bound(self) -> int:
         return _HEAD + self.nbytes
 
-    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview]) -> list[int]:
+    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview], starts: Sequence[int]) -> list[int]:
         return [self.encode_one(bytes(chunk), room) for chunk, room in zip(chunks, out, strict=True)]
 
     def decode(self, blobs: Sequence[memoryview], out: Sequence[memoryview]) -> None:
@@ -171,8 +171,8 @@ class Backwards(Correct):
 class ChangesChunks(Correct):
     """Mixes in place."""
 
-    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview]) -> list[int]:
-        sizes = super().encode(chunks, out)
+    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview], starts: Sequence[int]) -> list[int]:
+        sizes = super().encode(chunks, out, starts)
         for chunk in chunks:
             chunk[:] = self.mixed(bytes(chunk))
         return sizes

@@ -75,7 +75,7 @@ class Fp8(Serde):
     def bound(self) -> int:
         return self._groups + self._values
 
-    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview]) -> list[int]:
+    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview], starts: Sequence[int]) -> list[int]:
         """Raise `ValueError` for NaN, infinities and values from 2^120 on: such a chunk is not stored."""
         for chunk, room in zip(chunks, out, strict=True):
             self._encode(np.frombuffer(chunk, self._raw).reshape(-1, self._group), room)

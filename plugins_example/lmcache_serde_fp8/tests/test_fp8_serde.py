@@ -59,7 +59,7 @@ def from_floats(values: Any, dtype: str) -> bytes:
 
 def there_and_back(serde: Fp8, chunk: bytes) -> tuple[bytes, bytes]:
     blob, found = bytearray(serde.bound()), bytearray(b"\xdb" * len(chunk))
-    assert serde.encode([memoryview(chunk)], [memoryview(blob)]) == [len(blob)]
+    assert serde.encode([memoryview(chunk)], [memoryview(blob)], [0]) == [len(blob)]
     serde.decode([memoryview(bytes(blob))], [memoryview(found)])
     return bytes(blob), bytes(found)
 
