@@ -10,6 +10,7 @@ from lmcache_core.cost import Recompute
 from lmcache_core.errors import ConfigError, LMCacheError, PluginError, Problem
 from lmcache_core.eviction.guard import Guarded
 from lmcache_core.eviction.lru import Lru
+from lmcache_core.ladder import LadderTier
 from lmcache_core.layout import KVLayout
 from lmcache_core.pipeline import Pipeline
 from lmcache_core.plugins import Plugins
@@ -17,6 +18,7 @@ from lmcache_core.protocols import (
     BuildContext,
     EvictionConfig,
     EvictionPolicy,
+    Ladder,
     MemoryBackend,
     Serde,
     SerdeContext,
@@ -340,7 +342,7 @@ def _tier(
     except _PLUGIN_ERRORS as error:
         raise PluginError(f"tier `{config.name}`: registering memory failed: {_said(error)}") from error
     try:
-        built = StorageTier(
+        built = (LadderTier if isinstance(tier.serde, Ladder) else StorageTier)(
             config.name,
             backend,
             tier.serde,

@@ -307,14 +307,7 @@ class PagedKV:
         self._copy(block_ids, slot_addresses, to_slots=False)
 
     def _copy(self, block_ids: ArrayLike, slot_addresses: ArrayLike, *, to_slots: bool) -> None:
-        blocks = self.geometry.blocks
-        slots = _integers(slot_addresses, "slot addresses")
-        ids = _integers(block_ids, "block ids")
-        if slots.ndim != 1 or ids.size != slots.size * blocks or ids.shape not in ((ids.size,), (slots.size, blocks)):
-            raise ValueError(
-                f"{blocks} block ids are needed for each chunk, got ids of shape {ids.shape} for slots {slots.shape}"
-            )
-        ids = ids.reshape(slots.size, blocks)
+        ids, slots = self._batch(block_ids, slot_addresses)
         if _native.available():
             result = _native.copy_pages(
                 self._parts,
@@ -328,17 +321,31 @@ class PagedKV:
             )
             if result < 0:
                 raise ValueError(f"the native library refuses this geometry: {self.geometry}")
-            bad = result - 1
+            self._refuse(result - 1, ids)
         else:
             wrong = (ids < (0 if to_slots else SKIP)) | (ids >= self.num_blocks)
-            bad = int(wrong.argmax()) if wrong.any() else -1
+            self._refuse(int(wrong.argmax()) if wrong.any() else -1, ids)
+            copy_reference(self.geometry, self._bases, ids, slots, to_slots=to_slots)
+
+    def _batch(self, block_ids: ArrayLike, slot_addresses: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Block ids `[chunks, blocks]` and slot addresses `[chunks]`, of the right kind and shape."""
+        blocks = self.geometry.blocks
+        slots = _integers(slot_addresses, "slot addresses")
+        ids = _integers(block_ids, "block ids")
+        if slots.ndim != 1 or ids.size != slots.size * blocks or ids.shape not in ((ids.size,), (slots.size, blocks)):
+            raise ValueError(
+                f"{blocks} block ids are needed for each chunk, got ids of shape {ids.shape} for slots {slots.shape}"
+            )
+        return ids.reshape(slots.size, blocks), slots
+
+    def _refuse(self, bad: int, ids: NDArray[np.int64]) -> None:
+        """Raise for the block id at flat index `bad`, if that is not negative."""
         if bad >= 0:
+            blocks = self.geometry.blocks
             raise ValueError(
                 f"block id {ids.flat[bad]} (chunk {bad // blocks}, block {bad % blocks}) is outside "
                 f"[0, {self.num_blocks})"
             )
-        if not _native.available():
-            copy_reference(self.geometry, self._bases, ids, slots, to_slots=to_slots)
 
 
 def copy_reference(

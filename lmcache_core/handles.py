@@ -225,7 +225,7 @@ class Locate:
 class Batch:
     """One lane job: chunks read from one tier into slots."""
 
-    __slots__ = ("deadline", "epoch", "keys", "probe", "slots", "tier", "waiters")
+    __slots__ = ("deadline", "epoch", "goal", "keys", "probe", "slots", "tier", "waiters")
 
     def __init__(
         self,
@@ -234,6 +234,7 @@ class Batch:
         slots: list[int],
         deadline: float,
         epoch: int,
+        goal: float = inf,
         probe: bool = False,
     ) -> None:
         self.tier = tier
@@ -241,6 +242,8 @@ class Batch:
         self.slots = slots
         self.deadline = deadline
         self.epoch = epoch
+        self.goal = goal
+        """When whoever waits would like to have it."""
         self.probe = probe
         """Read only to measure the tier again."""
         self.waiters: dict[ChunkKey, list[tuple[Transfer, int]]] = {key: [] for key in keys}

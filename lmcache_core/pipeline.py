@@ -71,6 +71,8 @@ class Pipeline:
         self._reading = 0
         """Slots that lane jobs read into, awaited or not."""
         self._filling: set[ChunkKey] = set()
+        self._void: Counter[ChunkKey] = Counter()
+        """Keys that are being deleted: no read may bring them back."""
         self._live_transfers = 0
         self._epoch = 0
         self._closing = False
@@ -268,6 +270,7 @@ class Pipeline:
                         [slot_at[position] for position in part.positions],
                         min(begun + tier.deadline, latest),
                         self._epoch,
+                        min(transfer._begun + tier.target, transfer._deadline),
                     )
                     self._reading += len(batch.slots)
                     for position in part.positions:
@@ -340,7 +343,7 @@ class Pipeline:
 
         def run() -> MissReason | None:
             begun = monotonic()
-            outcomes = batch.tier.read(batch.keys, batch.slots)
+            outcomes = batch.tier.read(batch.keys, batch.slots, batch.goal)
             if outcomes.count(None) == len(outcomes):
                 nbytes = len(batch.keys) * self.slots.slot_bytes
                 batch.tier.speed.note(nbytes, monotonic() - begun, probe=batch.probe)
@@ -374,7 +377,7 @@ class Pipeline:
             stale = batch.epoch != self._epoch
             for key, slot, outcome in zip(batch.keys, batch.slots, outcomes, strict=True):
                 # A store, or a later read of the same chunk, may have been faster.
-                if outcome is None and not stale and key not in slots.index:
+                if outcome is None and not stale and key not in slots.index and key not in self._void:
                     arrived.append(key)
                     landed.append(slot)
                 else:
@@ -668,6 +671,38 @@ class Pipeline:
         failed = [f"{t.name} ({t.last_error or 'no answer'})" for t in chosen if t.wiping]
         if failed:
             raise BackendError(f"not cleared, and out of service until a clear succeeds: {', '.join(failed)}")
+
+    def discard(self, keys: Sequence[ChunkKey], timeout: float = CLEAR_S) -> None:
+        """Delete these chunks from every tier. Waits until nothing that is under way can bring them back, at most
+        `timeout` seconds. Raise `BackendError` when a tier fails or takes longer: it may still have them."""
+        end = monotonic() + timeout
+        gone: list[StorageTier] = []
+
+        def delete(tier: StorageTier) -> None:
+            # What was being written when the first deletion came is there for the second.
+            for _ in range(2):
+                tier.forget(keys)
+                if not tier.drain(max(0.0, end - monotonic())):
+                    return
+            present = tier.present(keys)
+            present = tier.ask(keys) if present is None else present
+            if isinstance(present, list) and not any(present):
+                gone.append(tier)
+
+        with self._lock:
+            self._check_open()
+            self._void.update(keys)
+            for key in keys:
+                if key in self.slots.index:
+                    self.slots.hide(key)
+        try:
+            finish_within(timeout, [partial(delete, tier) for tier in self.tiers], "discard")
+        finally:
+            with self._lock:
+                self._void -= Counter(keys)
+        left = [f"{tier.name} ({tier.last_error or 'no answer'})" for tier in self.tiers if tier not in gone]
+        if left:
+            raise BackendError(f"not deleted, and may be served again: {', '.join(left)}")
 
     def flush(self, timeout: float) -> bool:
         """Write down everything that must be written; False when that took longer than `timeout` seconds."""

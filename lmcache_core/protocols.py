@@ -8,6 +8,7 @@ breakers, encoding, capacity, eviction, integrity and metrics, so that a plugin 
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -235,7 +236,8 @@ class SerdeConfig(Frozen, ABC):
 class Serde(ABC):
     """Encodes chunks in a tier's doorway. Stateless after construction and thread-safe."""
 
-    lossless: ClassVar[bool] = True
+    lossless: bool = True
+    """Of the class, or of each instance where settings decide."""
 
     @property
     @abstractmethod
@@ -257,6 +259,36 @@ class Serde(ABC):
     @abstractmethod
     def decode(self, blobs: Sequence[memoryview], out: Sequence[memoryview]) -> None:
         """Decode each blob so that it fills its buffer exactly, or raise `CorruptChunk`."""
+
+
+class Ladder(Serde):
+    """Several encodings of every chunk, each stored as an object of its own; reading takes the best that is in time.
+
+    What a `SerdeConfig` may build instead of one encoding, for a medium that keeps its own books. As a serde by itself
+    it is its last rung.
+    """
+
+    def __init__(self, rungs: Sequence[Serde], parts: Sequence[float], target: float) -> None:
+        """`rungs`: best and largest first, at least two. `parts`: bytes of each as a part of the raw chunk, about.
+        `target`: seconds from the request in which its chunks should be here."""
+        self.rungs = tuple(rungs)
+        self.parts = tuple(parts)
+        self.target = target
+        self.lossless = all(rung.lossless for rung in rungs)
+
+    @property
+    def codec(self) -> str:
+        names = ",".join(rung.codec for rung in self.rungs)
+        return f"ladder/{hashlib.sha256(names.encode()).hexdigest()[:16]}"
+
+    def bound(self) -> int:
+        return max(rung.bound() for rung in self.rungs)
+
+    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview], starts: Sequence[int]) -> list[int]:
+        return self.rungs[-1].encode(chunks, out, starts)
+
+    def decode(self, blobs: Sequence[memoryview], out: Sequence[memoryview]) -> None:
+        self.rungs[-1].decode(blobs, out)
 
 
 class EvictionConfig(Frozen, ABC):

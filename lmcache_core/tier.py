@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from math import inf
 from time import monotonic
 from typing import Any, Literal, TypeVar
 
@@ -19,7 +20,7 @@ from lmcache_core.lanes import Breaker, Lane
 from lmcache_core.protocols import EvictionPolicy, Region, Serde, StorageBackend
 from lmcache_core.slots import Slots
 from lmcache_core.tenancy import Share, Shares
-from lmcache_core.types import HEADER_BYTES, ChunkKey, MissReason, object_bytes, round_up
+from lmcache_core.types import HEADER_BYTES, ChunkKey, Got, MissReason, object_bytes, round_up
 
 _T = TypeVar("_T")
 
@@ -97,6 +98,8 @@ class StorageTier:
         # Half the time at most for asking: what was found, here or elsewhere, must still be read.
         self.lookup_deadline = min(lookup_deadline, deadline / 2)
         self.codec = serde.codec if serde else seal.RAW_CODEC
+        self.target = inf
+        """Seconds in which a prefix should be here, for a tier that can do something about it."""
         self.epoch = 0
         """Raised by every clear: work that was asked for before is void."""
         self.counts: Counter[str] = Counter()
@@ -189,8 +192,11 @@ class StorageTier:
                 self.policy.touch(keys)
 
     # -- blocking work, on the lanes -------------------------------------------------------------------------
-    def read(self, keys: Sequence[ChunkKey], slots: Sequence[int]) -> list[Outcome]:
-        """Fill each slot with its raw chunk, verified. Raw objects land in the slot with their header."""
+    def read(self, keys: Sequence[ChunkKey], slots: Sequence[int], goal: float = inf) -> list[Outcome]:
+        """Fill each slot with its raw chunk, verified. Raw objects land in the slot with their header.
+
+        `goal`: when (`monotonic()`) whoever waits would like to have them; only a tier with a choice heeds it.
+        """
         outcomes: list[Outcome] = []
         try:
             if self._serde is None:
@@ -201,9 +207,9 @@ class StorageTier:
             assert self._staging is not None
             buffers = self._staging.take(len(keys))
             try:
-                for at in range(0, len(keys), len(buffers)):
-                    some = keys[at : at + len(buffers)]
-                    outcomes += self._fetch(some, buffers[: len(some)], slots[at : at + len(buffers)])
+                while len(outcomes) < len(keys):
+                    at = len(outcomes)
+                    outcomes += self._read_some(keys[at:], slots[at:], buffers, goal)
             finally:
                 self._staging.give_back(buffers)
         except PLUGIN_ERRORS as error:
@@ -238,7 +244,7 @@ class StorageTier:
             if self._serde is None:
                 self._store([(i, self._sealed(keys[i], slots[i])) for i in new], keys, outcomes, epoch, chain)
             else:
-                self._encode(new, keys, slots, outcomes, epoch, chain)
+                self._encode(self._serde, new, keys, slots, outcomes, epoch, chain)
         except PLUGIN_ERRORS as error:
             self._failed("write", error)
         finally:
@@ -318,11 +324,22 @@ class StorageTier:
         return True
 
     # -- reading ---------------------------------------------------------------------------------------------
-    def _fetch(
-        self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview], into: Sequence[int] | None = None
+    def _read_some(
+        self, keys: Sequence[ChunkKey], slots: Sequence[int], buffers: Sequence[memoryview], goal: float
     ) -> list[Outcome]:
+        """Read and decode the first of the keys, as many as there are buffers."""
+        return self._fetch(keys[: len(buffers)], buffers[: len(keys)], slots[: len(buffers)], self._serde)
+
+    def _fetch(
+        self,
+        keys: Sequence[ChunkKey],
+        buffers: Sequence[memoryview],
+        into: Sequence[int] = (),
+        serde: Serde | None = None,
+    ) -> list[Outcome]:
+        """Read objects; with a serde, decode them into the slots `into`."""
         try:
-            results = _all(keys, self.backend.get_into(keys, buffers))
+            results = _all(keys, self._get(keys, buffers))
         except PLUGIN_ERRORS as error:
             self._failed("get", error)
             return [MissReason.ERROR] * len(keys)
@@ -343,7 +360,7 @@ class StorageTier:
                 outcomes.append(MissReason.ERROR)
             else:
                 try:
-                    self._open(key, buffer[:got], None if into is None else self._slots.payload(into[i]))
+                    self._open(key, buffer[:got], serde, self._slots.payload(into[i]) if serde else None)
                 except CorruptChunk as error:
                     outcomes.append(self._quarantine(key, error))
                 else:
@@ -351,18 +368,20 @@ class StorageTier:
                     outcomes.append(None)
         return outcomes
 
-    def _open(self, key: ChunkKey, obj: memoryview, payload: memoryview | None) -> None:
+    def _get(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
+        return self.backend.get_into(keys, buffers)
+
+    def _open(self, key: ChunkKey, obj: memoryview, serde: Serde | None, payload: memoryview | None) -> None:
         chunk_bytes = self._slots.chunk_bytes
-        head = seal.unseal(obj, key, self._layout_id, self.codec, chunk_bytes)
-        if payload is None:
+        head = seal.unseal(obj, key, self._layout_id, serde.codec if serde else seal.RAW_CODEC, chunk_bytes)
+        if serde is None or payload is None:
             if head.stored_bytes != chunk_bytes:
                 raise CorruptChunk(
                     MissReason.CORRUPT, f"raw chunk of {head.stored_bytes} bytes, expected {chunk_bytes}"
                 )
             return
-        assert self._serde is not None
         try:
-            self._serde.decode([obj[HEADER_BYTES:]], [payload])
+            serde.decode([obj[HEADER_BYTES:]], [payload])
         except CorruptChunk:
             raise
         except PLUGIN_ERRORS as error:
@@ -403,6 +422,7 @@ class StorageTier:
 
     def _encode(
         self,
+        serde: Serde,
         new: Sequence[int],
         keys: Sequence[ChunkKey],
         slots: Sequence[int],
@@ -410,10 +430,10 @@ class StorageTier:
         epoch: int,
         chain: Sequence[ChunkKey],
     ) -> None:
-        assert self._serde is not None and self._staging is not None
+        assert self._staging is not None
         if not new:
             return
-        bound = self._serde.bound()
+        bound = serde.bound()
         buffers = self._staging.take(len(new))
         try:
             for at in range(0, len(new), len(buffers)):
@@ -422,9 +442,9 @@ class StorageTier:
                 try:
                     chunks = [self._slots.payload(slots[i]) for i in some]
                     starts = [self._slots.starts[slots[i]] for i in some]
-                    sizes = _all(some, self._serde.encode(chunks, bodies, starts))
+                    sizes = _all(some, serde.encode(chunks, bodies, starts))
                     if not all(0 <= size <= bound for size in sizes):
-                        raise BackendError(f"serde {self.codec}: sizes {sizes} are not within its bound of {bound}")
+                        raise BackendError(f"serde {serde.codec}: sizes {sizes} are not within its bound of {bound}")
                 except PLUGIN_ERRORS as error:
                     self._failed("encode", error)
                     continue
@@ -432,7 +452,7 @@ class StorageTier:
                 for i, buffer, size in zip(some, buffers, sizes, strict=False):
                     obj = buffer[: object_bytes(size)]
                     created = self._slots.created[slots[i]]
-                    seal.seal(obj, keys[i], self._layout_id, self.codec, self._slots.chunk_bytes, size, created)
+                    seal.seal(obj, keys[i], self._layout_id, serde.codec, self._slots.chunk_bytes, size, created)
                     views.append((i, obj))
                 self._store(views, keys, outcomes, epoch, chain)
         finally:

@@ -28,7 +28,7 @@ STAGING = 1 << 20
 class HalfSerde(Serde):
     """Keeps the upper half of every byte: as lossy as can be seen."""
 
-    lossless: ClassVar[bool] = False
+    lossless = False
 
     def __init__(self, chunk_bytes: int) -> None:
         self._chunk_bytes = chunk_bytes

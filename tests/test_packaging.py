@@ -86,6 +86,8 @@ def test_the_wheel_with_a_compiler(wheel: Path, tmp_path: Path) -> None:
     assert wheel.name.startswith("lmcache_core-")
     assert "-py3-none-linux_" in wheel.name
     assert LIBRARY in zipfile.ZipFile(wheel).namelist()
+    if shutil.which("nvcc"):
+        assert "lmcache_core/liblmcache_cuda.so" in zipfile.ZipFile(wheel).namelist()
     assert run_from(wheel, tmp_path) == "True"
 
 
@@ -139,15 +141,15 @@ def test_the_library_exports_its_own_functions_and_needs_only_libc(wheel: Path, 
 # At run time a module may import only from rows above its own (or its own package).
 ROWS = (
     {"types", "errors", "canonical", "spelling", "_native"},
-    {"layout", "redact", "units"},
+    {"layout", "redact", "units", "_cuda"},
     {"protocols", "identity", "seal", "copies"},
-    {"tenancy"},
+    {"tenancy", "gpu"},
     {"hookspecs", "keys", "slots", "lanes", "plan", "cost", "aio"},
     {"plugins", "eviction", "tier", "handles"},
-    {"writedown"},
+    {"writedown", "ladder"},
     {"config", "pipeline", "isolation"},
     {"build"},
-    {"adapters"},
+    {"adapters", "engine"},
     {"testing"},
     {"cli"},
     {"__main__"},

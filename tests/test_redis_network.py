@@ -60,6 +60,7 @@ def small(config: RedisConfig, deadline: float = 5.0) -> RedisBackend:
         ttl=None,
         part_bytes=50,
         connections=2,
+        spare=0,
         timeout=deadline / 2,
         deadline=deadline,
         track_keys=0,

@@ -11,6 +11,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 
 from lmcache_backends.redis_store.backend import RedisBackend
 from lmcache_backends.redis_store.servers import Mode, Target
+from lmcache_backends.redis_store.transfer import PUT_LANES
 from lmcache_backends.redis_store.wire import Address
 from lmcache_core.errors import BackendError, BackendUnavailable
 from lmcache_core.hookspecs import hookimpl
@@ -65,7 +66,7 @@ class RedisConfig(BackendConfig):
     part_bytes: Annotated[ByteSize, Field(ge=4096, le=256 << 20)] = 1 << 20
     """Objects are cut into values of about this size: servers are slower with larger ones."""
     connections: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Most connections to each server; by default one for every thread of the tier."""
+    """Most connections to each server; by default one for every thread of the tier, and three that make puts faster."""
     timeout: Annotated[Seconds, Field(gt=0, le=3600)] | None = None
     """Longest wait for an answer, beside the time that bytes take at 64 MiB/s; by default a quarter of the
     tier's deadline. A call never takes longer than that deadline."""
@@ -111,12 +112,14 @@ class RedisConfig(BackendConfig):
 
     def build(self, context: BuildContext) -> RedisBackend:
         """Connect once, to tell what is wrong at start-up. Raise `BackendUnavailable`."""
+        most = self.connections or context.threads + PUT_LANES - 1
         backend = RedisBackend(
             self.target(),
             prefix=self.prefix,
             ttl=self.ttl,
             part_bytes=self.part_bytes,
-            connections=self.connections or context.threads,
+            connections=most,
+            spare=min(max(0, most - context.threads), PUT_LANES - 1),
             timeout=self.timeout or context.deadline / 4,
             deadline=context.deadline,
             track_keys=self.track_keys if self.track else 0,

@@ -28,7 +28,7 @@ _ADOPT_MS = 10_000
 """How long pieces outlive the deadline of their write when it never gets to the head."""
 _SCAN_PAGE = b"1000"
 
-_Work = Callable[[Link, list[int]], None]
+_Work = Callable[[Address, list[int]], None]
 
 
 class RedisBackend(StorageBackend):
@@ -42,11 +42,13 @@ class RedisBackend(StorageBackend):
         ttl: float | None,
         part_bytes: int,
         connections: int,
+        spare: int,
         timeout: float,
         deadline: float,
         track_keys: int,
     ) -> None:
-        """`timeout`, `deadline`: seconds. `track_keys`: most keys to keep a list of, 0 to ask always."""
+        """`connections`: most to each server, `spare` of which only speed up puts. `timeout`, `deadline`: seconds.
+        `track_keys`: most keys to keep a list of, 0 to ask always."""
         # No call waits for a connection longer than it may: one that is being opened serves the next call.
         self.servers = Servers(target, connections, max(timeout, _CONNECT_S))
         self._names = Names(prefix)
@@ -57,6 +59,7 @@ class RedisBackend(StorageBackend):
         self._ttl = None if ttl is None else b"%d" % max(1, round(ttl * 1e3))
         self._adopt = b"%d" % (deadline * 1e3 + _ADOPT_MS)
         self._writing = Turns()
+        self._spare = spare
         self._closed = False
         self._asked = False
         self.presence = Presence(self.servers, self._names, timeout, track_keys) if track_keys else None
@@ -96,7 +99,7 @@ class RedisBackend(StorageBackend):
             for i, answer in zip(some, link.integers(len(some)), strict=True):
                 found[i] = answer == 1 if isinstance(answer, int) else answer
 
-        failures = self._everywhere(keys, found, until, ask)
+        failures = self._everywhere(keys, found, until, self._linked(ask, until))
         answers = [answer for answer in found if not isinstance(answer, Exception)]
         if failures and not answers:
             raise failures[0]
@@ -115,7 +118,7 @@ class RedisBackend(StorageBackend):
             if remains:
                 self._sweep(link, keys, remains, broken)
 
-        self._everywhere(keys, results, until, read)
+        self._everywhere(keys, results, until, self._linked(read, until))
         if self.presence is not None:
             self.presence.gone([key for key, got in zip(keys, results, strict=True) if got is None])
         return results
@@ -139,9 +142,10 @@ class RedisBackend(StorageBackend):
         results: list[Put] = [None] * len(keys)
         until = self._until(sum(len(buffer) for buffer in buffers))
 
-        def write(link: Link, some: list[int]) -> None:
-            with self._writing.turn(link.where, until):
-                Writer(link, self._names, self._part_bytes, self._ttl, self._adopt, keys, buffers, results).run(some)
+        def write(address: Address, some: list[int]) -> None:
+            # Whoever waits for a turn keeps no connection from others.
+            with self._writing.turn(address, until), self.servers.links(address, until, 1 + self._spare) as links:
+                Writer(links, self._names, self._part_bytes, self._ttl, self._adopt, keys, buffers, results).run(some)
 
         self._everywhere(keys, results, until, write)
         if self.presence is not None:
@@ -183,7 +187,7 @@ class RedisBackend(StorageBackend):
             for _ in doomed:
                 link.reply()
 
-        failures = self._everywhere(keys, results, until, forget)
+        failures = self._everywhere(keys, results, until, self._linked(forget, until))
         if self.presence is not None:
             self.presence.gone([key for key, failure in zip(keys, results, strict=True) if failure is None])
         if failures:
@@ -230,6 +234,15 @@ class RedisBackend(StorageBackend):
         if self._closed:
             raise Closed("the Redis backend is closed")
 
+    def _linked(self, work: Callable[[Link, list[int]], None], until: float) -> _Work:
+        """`work`, with a connection to the server."""
+
+        def linked(address: Address, some: list[int]) -> None:
+            with self.servers.link(address, until) as link:
+                work(link, some)
+
+        return linked
+
     def _everywhere(self, keys: Sequence[ChunkKey], results: list[Any], until: float, work: _Work) -> list[Exception]:
         """Let `work` set the results of keys on the server that keeps them; what goes wrong is their result instead.
 
@@ -242,8 +255,7 @@ class RedisBackend(StorageBackend):
             try:
                 for address, some in self.servers.share(keys, todo, until) if todo else ():
                     try:
-                        with self.servers.link(address, until) as link:
-                            work(link, some)
+                        work(address, some)
                     except BackendError as error:
                         _settle(results, some, error)
                 if last or not (todo := [i for i in todo if isinstance(results[i], Moved)]):

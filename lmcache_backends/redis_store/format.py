@@ -5,7 +5,7 @@
 
 All carry the key as hash tag, so that a cluster keeps them on one node. The head is written last, and names the random
 generation of its pieces: pieces of two writes can never be taken for one object, and pieces without a head are nothing.
-Pieces have about the size at which Redis is fastest: values of 8 MiB move at a tenth of the speed of 1 MiB ones.
+Pieces have the size at which Redis is fastest: values of 8 MiB move at a tenth of the speed of 1 MiB ones.
 
 Head (64 bytes, little-endian):
 
@@ -33,6 +33,8 @@ MAGIC = b"LMCRED\x01\n"
 HEAD_BYTES = 64
 MOST_PIECES = 1 << 16
 GENERATION_BYTES = 8
+_OVERHEAD = 64
+"""Room for what a server allocates with a value. Its allocator rounds 1 MiB and a byte up to 1.25 MiB."""
 _FIELDS = struct.Struct("<8s8sQQQ16x")
 _CHECK = struct.Struct("<Q")
 
@@ -49,10 +51,9 @@ class Head:
 
     @classmethod
     def plan(cls, generation: bytes, nbytes: int, part_bytes: int) -> Head:
-        """Pieces of equal size, as near to `part_bytes` as their number allows."""
-        count = min(max(1, round(nbytes / part_bytes)), MOST_PIECES)
-        piece = max(1, -(-nbytes // count))
-        return cls(generation, nbytes, min(piece, nbytes), piece)
+        """Values of `part_bytes`, what a server keeps beside each included; the last one is as small as it comes out."""
+        piece = max(1, part_bytes - _OVERHEAD, -(-nbytes // (MOST_PIECES - 1)))
+        return cls(generation, nbytes, min(max(1, piece - HEAD_BYTES), nbytes), piece)
 
     @classmethod
     def unpack(cls, data: bytes | memoryview) -> Head:

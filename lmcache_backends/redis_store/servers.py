@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Literal
 
-from lmcache_backends.redis_store.wire import Address, Late, Link, Reply, command
+from lmcache_backends.redis_store.wire import Address, Late, Link, Reply, command, told
 from lmcache_core.errors import BackendError, BackendUnavailable, Closed
 from lmcache_core.types import ChunkKey
 
@@ -195,16 +195,26 @@ class Servers:
     @contextmanager
     def link(self, address: Address, until: float) -> Iterator[Link]:
         """A connection for one call; whatever is raised inside closes it. Raise `BackendUnavailable`."""
-        link = self._take(address, until)
-        link.begin(until)
-        try:
+        with self.links(address, until, 1) as (link,):
             yield link
+
+    @contextmanager
+    def links(self, address: Address, until: float, want: int) -> Iterator[list[Link]]:
+        """As `link`: one connection, and up to `want` where others are idle. What is missing is opened for later."""
+        links = [self._take(address, until)]
+        links += self._spare(address, want - 1)
+        for link in links:
+            link.begin(until)
+        try:
+            yield links
         except BaseException:
-            self._give_back(link, usable=False)
+            for link in links:
+                self._give_back(link, usable=False)
             self.suspect(address)
             raise
-        lost = not link.codes.isdisjoint(_LOST_CODES)
-        self._give_back(link, usable=not lost)
+        lost = [link for link in links if not link.codes.isdisjoint(_LOST_CODES)]
+        for link in links:
+            self._give_back(link, usable=link not in lost)
         if lost:
             self.suspect(address)
 
@@ -230,12 +240,28 @@ class Servers:
             when, why = self._failure.get(address, (0.0, ""))
             if why and when >= started:
                 raise BackendUnavailable(why)
-            if self._count[address] < self.connections and self._dialing[address] < self._waiting[address]:
-                self._count[address] += 1
-                self._dialing[address] += 1
-                threading.Thread(target=self._open, args=(address,), name="lmcache-redis-connect", daemon=True).start()
+            if self._dialing[address] < self._waiting[address]:
+                self._dial_more(address, 1)
             if not self._changed.wait(until - monotonic()) and monotonic() >= until:
                 raise Late(f"no connection to {_listed([address])} in time")
+
+    def _spare(self, address: Address, want: int) -> list[Link]:
+        """Up to `want` idle connections; nobody waits."""
+        with self._changed:
+            idle = self._idle[address]
+            links = [idle.pop() for _ in range(min(want, len(idle)))]
+            self._dial_more(address, want - len(links) - self._dialing[address])
+        for link in [link for link in links if not link.quiet]:
+            links.remove(link)
+            self._give_back(link, usable=False)
+        return links
+
+    def _dial_more(self, address: Address, want: int) -> None:
+        """Begin to open up to `want` connections, where there is room. Called with the lock held."""
+        for _ in range(min(want, self.connections - self._count[address])):
+            self._count[address] += 1
+            self._dialing[address] += 1
+            threading.Thread(target=self._open, args=(address,), name="lmcache-redis-connect", daemon=True).start()
 
     def _open(self, address: Address) -> None:
         """Open a connection for whoever waits for one, on a thread of its own."""
@@ -351,4 +377,4 @@ def _ssl(target: Target) -> dict[str, Any]:
 
 
 def _listed(addresses: Sequence[Address]) -> str:
-    return ", ".join(f"Redis at {host}:{port}" if port else f"Redis at {host}" for host, port in addresses)
+    return ", ".join(map(told, addresses))

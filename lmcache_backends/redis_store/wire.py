@@ -60,20 +60,20 @@ class Turns:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._queues: dict[str, deque[object]] = {}
+        self._queues: dict[Address, deque[object]] = {}
         """By server: who has the turn, then who waits."""
 
     @contextmanager
-    def turn(self, where: str, until: float) -> Iterator[None]:
+    def turn(self, server: Address, until: float) -> Iterator[None]:
         """Wait for the turn, at most until then, and have it. Raise `Late`."""
         me = object()
         with self._changed:
-            queue = self._queues.setdefault(where, deque())
+            queue = self._queues.setdefault(server, deque())
             queue.append(me)
             if not self._changed.wait_for(lambda: queue[0] is me, max(0.0, until - monotonic())):
                 queue.remove(me)
                 self._changed.notify_all()
-                raise Late(f"{where}: others are still writing to it")
+                raise Late(f"{told(server)}: others are still writing to it")
         try:
             yield
         finally:
@@ -93,6 +93,12 @@ class Push(list[Any]):
 Reply = bytes | int | None | list[Any] | ServerError | ServerFull
 
 
+def told(address: Address) -> str:
+    """The server, in messages."""
+    host, port = address
+    return f"Redis at {host}:{port}" if port else f"Redis at {host}"
+
+
 def command(*words: bytes) -> bytes:
     """One command."""
     return b"*%d\r\n%b" % (len(words), b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words))
@@ -104,7 +110,7 @@ class Link:
     def __init__(self, connection: Any, address: Address) -> None:
         """`connection`: redis-py's, connected; it stays the owner of the socket."""
         self.address = address
-        self.where = f"Redis at {address[0]}:{address[1]}" if address[1] else f"Redis at {address[0]}"
+        self.where = told(address)
         self.until = 0.0
         self.codes: set[str] = set()
         """Codes of the error replies seen since `begin`."""

@@ -1,6 +1,6 @@
 """Everything that depends on vLLM's version, in one place: its API, its page formats, its requests and its models.
 
-Checked against vLLM 0.32 (`vllm/distributed/kv_transfer/kv_connector/v1/base.py` and what calls it).
+Checked against vLLM 0.30, 0.31 and 0.32 (`vllm/distributed/kv_transfer/kv_connector/v1/base.py` and what calls it).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,9 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from vllm import _custom_ops as cpu_ops
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group, model_parallel_is_initialized
 from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
@@ -34,10 +34,15 @@ from lmcache_core.errors import Unsupported
 from lmcache_core.identity import Identity, fingerprint_weights
 from lmcache_core.layout import DTYPE_BYTES, KVLayout
 
+try:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+except ModuleNotFoundError:  # before 0.32, which tells its metrics only how much came from a connector
+    CacheHitSource = None  # type: ignore[assignment,misc]
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TESTED = "0.32"
+TESTED = "0.30 to 0.32"
 
 PAGE_FORMAT = 1
 """Version of the `packing` string this module writes. Raise it when the string's meaning changes."""
@@ -53,15 +58,19 @@ _METHODS: dict[str, tuple[str, ...]] = {
     "get_block_ids_with_load_errors": (),
     "build_connector_worker_meta": (),
     "get_handshake_metadata": (),
-    "set_xfer_handshake_metadata": ("metadata",),
+    "set_xfer_handshake_metadata_pp_aware": ("metadata",),
     "get_num_new_matched_tokens": ("request", "num_computed_tokens"),
     "update_state_after_alloc": ("request", "blocks", "num_external_tokens"),
-    "get_external_cache_hit_sources": ("request", "num_external_tokens"),
     "build_connector_meta": ("scheduler_output",),
     "update_connector_output": ("connector_output",),
     "request_finished": ("request", "block_ids"),
     "reset_cache": (),
     "shutdown": (),
+    "take_events": (),
+    "get_kv_connector_stats": (),
+    "build_kv_connector_stats": ("data",),
+    "build_prom_metrics": ("vllm_config", "metric_types", "labelnames", "per_engine_labelvalues"),
+    "requires_piecewise_for_cudagraph": ("extra_config",),
 }
 """Methods of `KVConnectorBase_V1` the adapter overrides or calls, with their parameters."""
 
@@ -81,7 +90,7 @@ def check_api() -> None:
         method = getattr(KVConnectorBase_V1, name, None)
         if method is None:
             wrong.append(f"KVConnectorBase_V1.{name} is missing")
-        elif (found := tuple(inspect.signature(method).parameters)[1:]) != expected:
+        elif (found := tuple(p for p in inspect.signature(method).parameters if p != "self")) != expected:
             wrong.append(f"KVConnectorBase_V1.{name} takes ({', '.join(found)}), expected ({', '.join(expected)})")
     wrong += [
         f"KVConnectorBase_V1.{name} is a new abstract method"
@@ -102,10 +111,12 @@ def check_api() -> None:
 # -- pages -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """The engine's KV memory of one worker, as it is."""
+    """The engine's KV memory of one KV group of one worker, as it is."""
 
     layout: KVLayout
     """Of one block: `chunk_tokens` equals `block_tokens`."""
+    names: tuple[str, ...]
+    """Layers, in the order of their numbers."""
     bases: tuple[int, ...]
     """Address of block 0 in each layer."""
     block_stride: int
@@ -115,11 +126,16 @@ class Pages:
     """The layers' memory, in the order of `bases`."""
 
 
+def rank() -> tuple[int, int]:
+    """Pipeline and tensor rank of this worker; both 0 where there are no workers apart."""
+    if not model_parallel_is_initialized():
+        return 0, 0
+    return get_pp_group().rank_in_group, get_tp_group().rank_in_group
+
+
 def refuse_engine(vllm_config: Any, kv_cache_config: Any) -> None:
     """Raise `Unsupported` when KV of this engine cannot be stored by prefix, or not yet."""
     parallel, model, cache = vllm_config.parallel_config, vllm_config.model_config, vllm_config.cache_config
-    if parallel.world_size > 1:
-        raise Unsupported(f"{parallel.world_size} workers: tensor and pipeline parallel engines are not supported yet")
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise Unsupported("context parallel engines are not supported yet")
     if model.runner_type != "generate" or model.is_diffusion or not model.is_prefix_caching_supported:
@@ -130,22 +146,46 @@ def refuse_engine(vllm_config: Any, kv_cache_config: Any) -> None:
     if getattr(cache, "calculate_kv_scales", False):
         raise Unsupported("calculate_kv_scales makes KV depend on the first request; it cannot be shared")
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        raise Unsupported(f"{len(groups)} KV cache groups: hybrid models are not supported yet")
-    spec = groups[0].kv_cache_spec
-    if type(spec) is not FullAttentionSpec:
-        raise Unsupported(f"KV of kind {type(spec).__name__} is not supported yet")
-    if spec.non_causal:
-        raise Unsupported("non-causal attention: a prefix cannot be reused")
-    if spec.head_size != spec.head_size_v or spec.state_content_bytes is not None or spec.num_head_slots is not None:
-        raise Unsupported("KV packed in a way this version does not know")
+    specs = [group.kv_cache_spec for group in groups]
+    for spec in specs:
+        if type(spec) not in (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec):
+            raise Unsupported(f"KV of kind {type(spec).__name__} is not supported yet")
+        if getattr(spec, "non_causal", False):
+            raise Unsupported("non-causal attention: a prefix cannot be reused")
+        head_size_v = 0 if isinstance(spec, MLAAttentionSpec) else spec.head_size
+        packed = (spec.state_content_bytes, spec.num_head_slots, spec.page_size_padded) != (None, None, None)
+        if spec.head_size_v != head_size_v or packed or spec.tokens_per_state != 1:
+            raise Unsupported("KV packed in a way this version does not know")
+    if len({spec.block_size for spec in specs}) > 1:
+        raise Unsupported(f"KV cache groups with blocks of {sorted({spec.block_size for spec in specs})} tokens")
 
 
-def describe_pages(vllm_config: Any, kv_cache_config: Any, kv_caches: Mapping[str, torch.Tensor]) -> Pages:
-    """Describe the registered KV tensors by their strides. Raise `Unsupported` for any doubt about their meaning."""
+def refuse_chunk(kv_cache_config: Any, chunk_tokens: int) -> None:
+    """Raise `Unsupported` where chunks are longer than what a layer with a window still has of them when they are
+    complete."""
+    for group in kv_cache_config.kv_cache_groups:
+        window = getattr(group.kv_cache_spec, "sliding_window", None)
+        if isinstance(group.kv_cache_spec, SlidingWindowSpec) and window < chunk_tokens:
+            raise Unsupported(
+                f"chunk_tokens is {chunk_tokens}, but layers with a sliding window keep only {window} tokens; set "
+                f"chunk_tokens to at most {window}, or start vLLM with --disable-hybrid-kv-cache-manager"
+            )
+
+
+def describe_pages(vllm_config: Any, kv_cache_config: Any, kv_caches: Mapping[str, torch.Tensor]) -> list[Pages]:
+    """Describe the registered KV tensors of each KV group by their strides. Raise `Unsupported` for any doubt about
+    their meaning."""
     refuse_engine(vllm_config, kv_cache_config)
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    names = sorted(kv_caches, key=_layer_order)
+    groups = kv_cache_config.kv_cache_groups
+    known = {name for group in groups for name in group.layer_names}
+    if known != kv_caches.keys():
+        raise Unsupported(f"layers without a KV cache group of their own: {sorted(known ^ kv_caches.keys())}")
+    return [_describe_group(vllm_config, kv_cache_config.num_blocks, group, kv_caches) for group in groups]
+
+
+def _describe_group(vllm_config: Any, num_blocks: int, group: Any, kv_caches: Mapping[str, torch.Tensor]) -> Pages:
+    spec = group.kv_cache_spec
+    names = tuple(sorted(group.layer_names, key=_layer_order))
     tensors = tuple(kv_caches[name] for name in names)
     first = tensors[0]
     if first.device.type != "cpu":
@@ -154,7 +194,8 @@ def describe_pages(vllm_config: Any, kv_cache_config: Any, kv_caches: Mapping[st
     if dtype not in DTYPE_BYTES:
         raise Unsupported(f"KV of dtype {dtype} is not supported")
     itemsize = first.element_size()
-    shape = (kv_cache_config.num_blocks, spec.num_kv_heads, spec.block_size, 2 * spec.head_size)
+    planes = 1 if isinstance(spec, MLAAttentionSpec) else 2
+    shape = (num_blocks, spec.num_kv_heads, spec.block_size, planes * spec.head_size)
     page_items = shape[1] * shape[2] * shape[3]
     for name, tensor in zip(names, tensors, strict=True):
         if tuple(tensor.shape) != shape or tensor.dtype != first.dtype or tensor.stride() != first.stride():
@@ -162,30 +203,31 @@ def describe_pages(vllm_config: Any, kv_cache_config: Any, kv_caches: Mapping[st
                 f"layer {name} has KV of shape {tuple(tensor.shape)}, strides {tensor.stride()}, {tensor.dtype}; "
                 f"expected {shape}, {first.stride()}, {first.dtype}"
             )
-    if first.stride()[1:] != (shape[2] * shape[3], shape[3], 1) or first.stride(0) < page_items:
+    if not first[0].is_contiguous() or first.stride(0) < page_items:
         raise Unsupported(f"a block of this KV layout is not one run of memory (strides {first.stride()})")
     if len({tensor.data_ptr() for tensor in tensors}) != len(tensors):
         raise Unsupported("layers that share their KV are not supported yet")
     layout_name = getattr(vllm_config.cache_config.kv_cache_layout, "name", vllm_config.cache_config.kv_cache_layout)
+    packed = (_mla_packing if planes == 1 else _cpu_packing)(vllm_config, names, spec, first.dtype)
     layout = KVLayout(
         order="pages",
         dtype=dtype,
         num_layers=len(tensors),
-        planes=2,
+        planes=planes,
         kv_heads=spec.num_kv_heads,
         head_dim=spec.head_size,
         chunk_tokens=spec.block_size,
         block_tokens=spec.block_size,
-        packing=f"vllm-cpu/{PAGE_FORMAT}/{layout_name}/{_cpu_packing(vllm_config, names, spec, first.dtype)}",
+        packing=f"vllm-cpu/{PAGE_FORMAT}/{layout_name}/{packed}",
     )
     bases = tuple(tensor.data_ptr() for tensor in tensors)
-    return Pages(layout, bases, first.stride(0) * itemsize, shape[0], tensors)
+    return Pages(layout, names, bases, first.stride(0) * itemsize, shape[0], tensors)
 
 
-def paged_kv(pages: Pages, layout: KVLayout) -> PagedKV:
-    """The copier between these pages and slots of `layout`."""
+def paged_kv(pages: Pages, layout: KVLayout, start: int = 0, stop: int | None = None) -> PagedKV:
+    """The copier between layers `start...stop` of these pages and slots of `layout`, which is theirs alone."""
     geometry = PageGeometry.opaque(layout, block_stride=pages.block_stride)
-    return PagedKV(pages.bases, geometry, pages.num_blocks, owner=pages.tensors)
+    return PagedKV(pages.bases[start:stop], geometry, pages.num_blocks, owner=pages.tensors)
 
 
 def prove_copies(pages: Pages) -> None:
@@ -224,7 +266,28 @@ def _layer_order(name: str) -> tuple[list[int], str]:
     return [int(number) for number in re.findall(r"\d+", name)], name
 
 
-def _cpu_packing(vllm_config: Any, names: list[str], spec: Any, dtype: torch.dtype) -> str:
+def _mla_packing(vllm_config: Any, names: tuple[str, ...], spec: Any, dtype: torch.dtype) -> str:
+    """Name of what is inside a page of MLA latents: the backend, and a fingerprint of how it writes a known pattern."""
+    layers = vllm_config.compilation_config.static_forward_context
+    backends = [getattr(layers.get(name), "impl", None) for name in names]
+    kinds = {type(backend).__name__ for backend in backends}
+    update = getattr(backends[0], "do_kv_cache_update", None)
+    if len(kinds) != 1 or update is None:
+        raise Unsupported(f"the MLA layers do not name one page format ({', '.join(sorted(kinds))})")
+    text = vllm_config.model_config.hf_text_config
+    latent, rope, block = text.kv_lora_rank, text.qk_rope_head_dim, spec.block_size
+    pattern = (torch.arange(block * (latent + rope), dtype=torch.int64) * 7919 % 509 - 254) / 2
+    c, pe = pattern.to(vllm_config.model_config.dtype).view(block, -1).split([latent, rope], dim=1)
+    page = torch.zeros((1, block, latent + rope), dtype=dtype)
+    slots, one = torch.arange(block, dtype=torch.int64), torch.ones(1)
+    try:
+        update(c.contiguous(), pe.contiguous().unsqueeze(1), page, slots, vllm_config.cache_config.cache_dtype, one)
+    except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
+        raise Unsupported(f"vLLM's page packing kernel cannot be asked ({error})") from error
+    return f"mla.{kinds.pop()}/{hashlib.sha256(page.view(torch.uint8).numpy().tobytes()).hexdigest()[:8]}"
+
+
+def _cpu_packing(vllm_config: Any, names: tuple[str, ...], spec: Any, dtype: torch.dtype) -> str:
     """Name of what is inside a page: the instruction set vLLM packs it for, and a fingerprint of the packing itself.
 
     vLLM transposes and interleaves keys for the CPU's matrix instructions. The fingerprint comes from packing a known
@@ -318,8 +381,8 @@ def _fingerprint(name: str, revision: str | None) -> str:
 # -- requests --------------------------------------------------------------------------------------------------
 def refuse_request(request: Any) -> str:
     """Why this request's KV cannot be named by its token ids alone, or an empty string."""
-    if request.mm_features:
-        return "multimodal"
+    if any(not isinstance(f.identifier, str) or not f.identifier for f in request.mm_features):
+        return "multimodal"  # inputs without a name of their content
     if request.prompt_embeds is not None:
         return "prompt_embeds"
     if request.resumable:
@@ -327,6 +390,27 @@ def refuse_request(request: Any) -> str:
     if request.pooling_params is not None:
         return "pooling"
     return ""
+
+
+def multimodal(request: Any) -> Callable[[int, int], bytes] | None:
+    """What the token ids `start...stop` of a request do not say: the images, sounds, ... whose placeholders they hold.
+
+    vLLM names each input by a hash of its content and of how it is processed (or as the caller named it: `uuid`).
+    None for a request of text alone.
+    """
+    features = request.mm_features
+    if not features:
+        return None
+
+    def extra(start: int, stop: int) -> bytes:
+        held = tuple(
+            (f.modality, f.identifier, f.mm_position.offset - start, f.mm_position.length)
+            for f in features
+            if f.mm_position.offset < stop and f.mm_position.offset + f.mm_position.length > start
+        )
+        return canonical.encode(held) if held else b""
+
+    return extra
 
 
 class Adapters:

@@ -10,18 +10,21 @@ same step, or of a later one for an asynchronous load -> `done` when the worker 
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from lmcache_core.adapters import _vllm_params
+from lmcache_core.adapters._vllm_params import PREFIX, Wishes
+from lmcache_core.adapters._vllm_parts import Part, Rank
 from lmcache_core.adapters._vllm_wire import Attach, Copies, StepPlan, StepReport
 from lmcache_core.identity import Identity
 from lmcache_core.keys import TokenChain
-from lmcache_core.types import ChunkKey
+from lmcache_core.types import ChunkKey, MissReason
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,6 +47,13 @@ _NEVER = 1 << 62
 
 MAX_HELD = 16
 """Most requests whose chunks are pinned or being read before they have blocks; the next ones are asked again later."""
+
+
+PINNED_SHARE = 4
+"""Pins of ended requests hold at most one slot in this many."""
+
+Tables = Sequence[Sequence[int]]
+"""A request's blocks, by KV group."""
 
 
 class Request(Protocol):
@@ -90,6 +100,9 @@ class _State:
 
     request: Request
     chain: TokenChain
+    wishes: Wishes
+    extra: Callable[[int, int], bytes] | None = None
+    """What the token ids from one place to another do not say; None where they say all."""
     fetch: _Fetch | None = None
     """Asked for, not yet given blocks."""
     saved: int = 0
@@ -100,12 +113,19 @@ class _State:
     """Tier of each block of the last load, for the engine's statistics."""
     missed: int = -1
     """Chunks stored by the pipeline in all when this request was last found to have no hit."""
+    reason: MissReason | None = None
+    """Why the last hit was not longer."""
+    stored: int = 0
+    """Chunks it has offered to the pipeline that were not there."""
 
     def keys(self, count: int) -> list[ChunkKey]:
         """Keys of the first `count` chunks; hashes only tokens that were not hashed before."""
         have = len(self.chain.keys)
-        if have < count:
-            size = self.chain.chunk_tokens
+        size = self.chain.chunk_tokens
+        if self.extra is not None:
+            for at in range(have * size, count * size, size):
+                self.chain.extend_with(self.request.all_token_ids[at : at + size], self.extra(at, at + size))
+        elif have < count:
             self.chain.extend(self.request.all_token_ids[have * size : count * size])
         return self.chain.keys[:count]
 
@@ -116,8 +136,8 @@ class _Load:
 
     request_id: str
     fetch: _Fetch
-    table: list[int]
-    """The request's blocks up to `stop`."""
+    tables: list[list[int]]
+    """The request's blocks up to `stop`, by KV group."""
     start: int
     stop: int
     """Blocks `start...stop` of the request are to be filled."""
@@ -134,6 +154,18 @@ class _Step:
     reservations: list[Reservation] = field(default_factory=list)
     prefilled: int = 0
     """Prompt tokens that the step computes."""
+    arrivals: list[tuple[Request, list[ChunkKey], Sequence[int]]] = field(default_factory=list)
+    """Chunks that are in memory once the step is done: the request, its keys, positions among them."""
+
+
+@dataclass(slots=True)
+class _Pin:
+    """The prompt of an ended request, held in memory."""
+
+    seconds: float
+    keys: list[ChunkKey]
+    transfer: Transfer | None = None
+    until: float = 0.0
 
 
 class Scheduler:
@@ -147,10 +179,14 @@ class Scheduler:
         asynchronous: bool,
         overlap: bool,
         save_decode: bool,
+        parts: Mapping[Rank, Sequence[Part]],
+        extra: Callable[[Request], Callable[[int, int], bytes] | None] = lambda request: None,
+        arrived: Callable[[Request, list[ChunkKey], Sequence[int]], None] | None = None,
     ) -> None:
         """`admit` gives the identity of a request, or the reason why it takes no part. `asynchronous` loads every hit
         between steps, `overlap` only hits that must be read first; otherwise such a request waits until its chunks
-        are in memory and is loaded within its first step."""
+        are in memory and is loaded within its first step. `parts` is what each worker holds of a chunk. `extra` names
+        what a request's token ids do not say; `arrived` hears of chunks that are in memory now (`_Step.arrivals`)."""
         share = pipeline.slots.region.share
         if share is None:
             raise AssertionError("the pipeline must be built with shared=True")
@@ -166,9 +202,12 @@ class Scheduler:
         self._chunk = layout.chunk_tokens
         self._block = layout.block_tokens
         self._blocks = layout.blocks
-        self._attach: Attach | None = Attach(dict(share), layout)
+        self._attach: Attach | None = Attach(dict(share), {rank: list(own) for rank, own in parts.items()})
         self._states: dict[str, _State] = {}
-        self._refused: set[str] = set()
+        self._extra = extra
+        self._arrived = arrived
+        self._refused: dict[str, tuple[Wishes, str]] = {}
+        self._pins: deque[_Pin] = deque()
         self._sync: list[_Load] = []
         self._async: list[_Load] = []
         self._steps: dict[int, _Step] = {}
@@ -191,6 +230,7 @@ class Scheduler:
         end = (request.num_tokens - 1) // self._block * self._block
         first = computed // self._chunk
         last = min(request.num_tokens // self._chunk, -(-end // self._chunk))
+        read = read and not state.wishes.skip_read
         if not read or state.failed or self.disabled or end <= computed or last <= first:
             self._drop(state)
             return 0, False
@@ -209,6 +249,7 @@ class Scheduler:
         lease = fetch.settle()
         if lease is None and (not self._overlap or not fetch.transfer.located):
             return None, False
+        state.reason = None if lease is None else lease.reason
         have = len(lease) if lease is not None else fetch.transfer.count
         tokens = min((fetch.first + have) * self._chunk, end) - computed
         if tokens <= 0:
@@ -220,8 +261,8 @@ class Scheduler:
             return None, False
         return tokens, self._asynchronous or lease is None
 
-    def allocated(self, request_id: str, table: Callable[[], list[int]], tokens: int) -> None:
-        """The engine allocated blocks: `table()` of the whole request; `tokens` are to be loaded into them."""
+    def allocated(self, request_id: str, tables: Callable[[], Tables], tokens: int) -> None:
+        """The engine allocated blocks: `tables()` of the whole request; `tokens` are to be loaded into them."""
         state = self._states.get(request_id)
         if state is None or state.fetch is None:
             return
@@ -232,7 +273,8 @@ class Scheduler:
         start = fetch.computed // self._block
         stop = start + tokens // self._block
         asynchronous = self._asynchronous or fetch.lease is None
-        load = _Load(request_id, fetch, table()[:stop], start, stop, asynchronous)
+        held = [list(table[:stop]) for table in tables()]
+        load = _Load(request_id, fetch, held, start, stop, asynchronous)
         (self._async if asynchronous else self._sync).append(load)
         self.counts["loaded_tokens"] += tokens
         state.sources = self._sources_of(load)
@@ -245,31 +287,55 @@ class Scheduler:
         found = Counter(state.sources)
         return {tier: count * self._block for tier, count in found.items()}
 
-    def finished(self, request_id: str) -> None:
-        """The request ended, was aborted or failed. Blocks of an asynchronous load are still reported as received."""
-        self._refused.discard(request_id)
+    def finished(self, request_id: str) -> dict[str, Any] | None:
+        """The request ended, was aborted or failed. Blocks of an asynchronous load are still reported as received.
+
+        Return the answer for a request that asked for one.
+        """
+        refused = self._refused.pop(request_id, None)
         state = self._states.pop(request_id, None)
-        if state is not None:
-            self._drop(state)
         for load in self._async:
             if load.request_id == request_id:
                 load.aborted = True
+        if state is None:
+            if refused is None or not refused[0].answer:
+                return None
+            return {PREFIX + "bypassed": refused[1], PREFIX + "refused": refused[0].refused}
+        self._drop(state)
+        wishes = state.wishes
+        if wishes.pin_s and not wishes.skip_write:
+            keys = state.keys(state.request.num_prompt_tokens // self._chunk)
+            if sum(len(pin.keys) for pin in self._pins) + len(keys) > self.pipeline.slots.count // PINNED_SHARE:
+                wishes.refused[PREFIX + "pin_s"] = f"more than 1/{PINNED_SHARE} of memory would be pinned"
+            elif keys:
+                self._pins.append(_Pin(wishes.pin_s, keys))
+        if not wishes.answer:
+            return None
+        return {
+            PREFIX + "hit_tokens": len(state.sources) * self._block,
+            PREFIX + "sources": {tier: count * self._block for tier, count in Counter(state.sources).items()},
+            PREFIX + "miss": None if state.reason is None else str(state.reason),
+            PREFIX + "stored_tokens": state.stored * self._chunk,
+            PREFIX + "refused": wishes.refused,
+        }
 
     # -- one step --------------------------------------------------------------------------------------------
-    def plan(self, scheduled: Mapping[str, int], table: Callable[[str], list[int] | None]) -> StepPlan:
-        """The worker's part of a step that computes `scheduled` tokens per request; `table` gives its blocks."""
+    def plan(self, scheduled: Mapping[str, int], tables: Callable[[str], Tables | None]) -> StepPlan:
+        """The worker's part of a step that computes `scheduled` tokens per request; `tables` gives its blocks."""
         self._step += 1
         plan, step = StepPlan(self._step), _Step(monotonic())
         try:
             if not scheduled:
                 self._wait_idle()
+            if self._pins:
+                self._keep_pins()
             self._plan_loads(plan, step)
         except Exception:
             self._give_up("loads")
             self._withdraw(plan)
         step.prefilled = sum(tokens for tokens in scheduled.values() if tokens > 1)
         try:
-            plan.saves = self._plan_saves(scheduled, table, step)
+            plan.saves = self._plan_saves(scheduled, tables, step)
         except Exception:
             self._give_up("saves")
             while step.reservations:
@@ -287,6 +353,7 @@ class Scheduler:
         waiting: list[_Load] = []
         for load in self._sync:
             self._fill(load, step, rows, offsets)
+        plan.needed = bool(rows)
         for load in self._async:
             if load.aborted:
                 load.fetch.drop()
@@ -297,7 +364,7 @@ class Scheduler:
                 plan.failed_blocks += self._fill(load, step, rows, offsets)
                 plan.received.append(load.request_id)
         if rows:
-            plan.loads = Copies(np.concatenate(rows), np.concatenate(offsets))
+            plan.loads = Copies(np.concatenate(rows, axis=1), np.concatenate(offsets))
         self._sync, self._async = [], waiting
 
     def done(self, report: StepReport) -> None:
@@ -320,6 +387,9 @@ class Scheduler:
                     self.counts["saved_chunks"] += reservation.commit()
                 else:
                     reservation.abort()
+            if self._arrived is not None and number == report.step and report.copied:
+                for arrival in step.arrivals:
+                    self._arrived(*arrival)
 
     # -- life ------------------------------------------------------------------------------------------------
     def clear(self) -> bool:
@@ -329,11 +399,13 @@ class Scheduler:
             self._drop(state)
             identity = self._admit(state.request)
             if isinstance(identity, str):
-                self._refuse(request_id, identity)
+                self._refused[request_id] = (state.wishes, identity)
+                self.counts[f"bypass.{identity}"] += 1
                 del self._states[request_id]
             else:
                 state.chain = TokenChain(identity)
                 state.saved = _NEVER
+        self._drop_pins()
         self.pipeline.clear()
         return not (self._sync or self._async)
 
@@ -348,6 +420,7 @@ class Scheduler:
                 lease.release()
             for reservation in step.reservations:
                 reservation.abort()
+        self._drop_pins()
         self._states.clear()
         self._sync.clear()
         self._async.clear()
@@ -366,7 +439,8 @@ class Scheduler:
         plan.loads, plan.received, plan.failed_blocks = None, [], []
         for load in (*self._sync, *self._async):
             load.fetch.drop()
-            plan.failed_blocks += load.table[load.start : load.stop]
+            for table in load.tables:
+                plan.failed_blocks += table[load.start : load.stop]
             if load.asynchronous:
                 plan.received.append(load.request_id)
         self._sync, self._async = [], []
@@ -379,16 +453,31 @@ class Scheduler:
     def _state(self, request: Request) -> _State | None:
         state = self._states.get(request.request_id)
         if state is None and not self.disabled and request.request_id not in self._refused:
+            wishes = _vllm_params.parse(getattr(request, "kv_transfer_params", None))
             identity = self._admit(request)
             if isinstance(identity, str):
-                self._refuse(request.request_id, identity)
+                self._refused[request.request_id] = (wishes, identity)
+                self.counts[f"bypass.{identity}"] += 1
                 return None
-            state = self._states[request.request_id] = _State(request, TokenChain(identity))
+            state = _State(request, TokenChain(identity), wishes, self._extra(request))
+            self._states[request.request_id] = state
         return state
 
-    def _refuse(self, request_id: str, reason: str) -> None:
-        self._refused.add(request_id)
-        self.counts[f"bypass.{reason}"] += 1
+    def _keep_pins(self) -> None:
+        """Take the pins of requests that ended since, and give back those whose time is over."""
+        now = monotonic()
+        for pin in list(self._pins):
+            if pin.transfer is None:
+                pin.transfer, pin.until = self.pipeline.fetch(pin.keys), now + pin.seconds
+            elif now >= pin.until:
+                pin.transfer.cancel()
+                self._pins.remove(pin)
+
+    def _drop_pins(self) -> None:
+        while self._pins:
+            pin = self._pins.pop()
+            if pin.transfer is not None:
+                pin.transfer.cancel()
 
     def _drop(self, state: _State) -> None:
         fetch, state.fetch = state.fetch, None
@@ -418,12 +507,21 @@ class Scheduler:
         skip = load.start // size - first
         count = -(-stop // size) - first - skip
         if count > 0:
-            grid = np.full(count * size, -1, dtype=np.int64)
+            grid = np.full((len(load.tables), count * size), -1, dtype=np.int64)
             at = load.start - (first + skip) * size
-            grid[at : at + stop - load.start] = load.table[load.start : stop]
-            rows.append(grid.reshape(count, size))
+            for own, table in zip(grid, load.tables, strict=True):
+                own[at : at + stop - load.start] = table[load.start : stop]
+            # The engine's null block, 0: these tokens are outside the group's window.
+            grid[grid == 0] = -1
+            rows.append(grid.reshape(len(load.tables), count, size))
             offsets.append(lease.offsets[skip : skip + count])
-        failed = load.table[max(stop, load.start) :]
+            if self._arrived is not None and load.request_id in self._states:
+                state = self._states[load.request_id]
+                positions = range(first + skip, first + skip + count)
+                step.arrivals.append((state.request, state.keys(positions.stop), positions))
+        failed = [block for table in load.tables for block in table[max(stop, load.start) :]]
+        if load.request_id in self._states:
+            self._states[load.request_id].reason = lease.reason
         if failed:
             self.counts["failed_blocks"] += len(failed)
             self._states[load.request_id].failed = True
@@ -437,7 +535,7 @@ class Scheduler:
         return [tiers[chunk] for chunk in chunks] if chunks and chunks[-1] < len(tiers) else []
 
     def _plan_saves(
-        self, scheduled: Mapping[str, int], table: Callable[[str], list[int] | None], step: _Step
+        self, scheduled: Mapping[str, int], tables: Callable[[str], Tables | None], step: _Step
     ) -> Copies | None:
         """Reserve slots for the chunks this step completes."""
         if self.disabled:
@@ -447,7 +545,7 @@ class Scheduler:
         size, most = self._blocks, self.pipeline.slots.count
         for request_id, tokens in scheduled.items():
             state = self._states.get(request_id)
-            if state is None:
+            if state is None or state.wishes.skip_write:
                 continue
             request = state.request
             # Draft tokens and tokens not known yet are no part of a key, so they end the prefix.
@@ -455,19 +553,27 @@ class Scheduler:
             complete = min(min(request.num_computed_tokens + tokens, known) // self._chunk, most)
             if complete <= state.saved:
                 continue
-            reservation = self.pipeline.reserve(state.keys(complete), state.saved)
-            state.saved = complete
-            blocks = table(request_id) if reservation.positions else None
+            first, state.saved = state.saved, complete
+            blocks = tables(request_id)
             if blocks is None:
+                continue
+            grid = np.array([table[first * size : complete * size] for table in blocks], dtype=np.int64)
+            grid = grid.reshape(len(blocks), complete - first, size)
+            whole = grid.all(axis=(0, 2))
+            if not whole.all():
+                # Block 0 is the engine's null block: these pages left their group's window, or belong to no token.
+                gone = int(np.flatnonzero(~whole)[-1]) + 1
+                grid, first = grid[:, gone:], first + gone
+                self.counts["null_blocks"] += gone
+            keys = state.keys(complete)
+            reservation = self.pipeline.reserve(keys, first)
+            if not reservation.positions:
                 reservation.abort()
                 continue
-            grid = np.array(blocks[: complete * size], dtype=np.int64).reshape(complete, size)[reservation.positions]
-            if not grid.all():
-                # Block 0 is the engine's null block: these pages were freed or belong to no token.
-                reservation.abort()
-                self.counts["null_blocks"] += 1
-                continue
-            rows.append(grid)
+            state.stored += len(reservation.positions)
+            rows.append(grid[:, [position - first for position in reservation.positions]])
             offsets.append(reservation.offsets)
             step.reservations.append(reservation)
-        return Copies(np.concatenate(rows), np.concatenate(offsets)) if rows else None
+            if self._arrived is not None:
+                step.arrivals.append((request, keys, reservation.positions))
+        return Copies(np.concatenate(rows, axis=1), np.concatenate(offsets)) if rows else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lmcache_core.layout import KVLayout
+from lmcache_core.adapters._vllm_parts import Part, Rank
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Attach:
-    """How the worker maps the scheduler's arena, and what lies in it."""
+    """How the workers map the scheduler's arena, and what each has in a chunk."""
 
     share: dict[str, int]
-    layout: KVLayout
+    parts: dict[Rank, list[Part]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Copies:
     """Chunks to copy between engine blocks and slots."""
 
     block_ids: NDArray[np.int64]
-    """`[chunks, blocks of a chunk]`; -1 leaves a block out."""
+    """`[KV groups, chunks, blocks of a chunk]`; -1 leaves a block out."""
     offsets: NDArray[np.int64]
     """`[chunks]` payload offsets in the arena, in bytes."""
 
@@ -36,9 +36,11 @@ class StepPlan:
 
     step: int
     attach: Attach | None = None
-    """Present until the worker has said whether it could map the arena."""
+    """Present until the workers have said whether they could map the arena."""
     loads: Copies | None = None
     """Slots -> blocks, before the forward pass of this step (after it when no scheduled request needs them)."""
+    needed: bool = False
+    """Whether the forward pass of this step reads any of `loads`."""
     saves: Copies | None = None
     """Blocks -> slots, after the forward pass of this step."""
     received: list[str] = field(default_factory=list)

@@ -1,14 +1,17 @@
 """The worker's half of the vLLM connector: it maps the scheduler's arena and copies between it and the engine's pages.
 
-Each direction of each step is one call that holds no interpreter lock.
+Each direction of each step is one call that holds no interpreter lock; or, layer by layer, one such call for each layer
+on a thread of its own, while the engine computes the layers before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lmcache_core.adapters._vllm_parts import Part, Rank
 from lmcache_core.adapters._vllm_wire import Attach, Copies, StepPlan, StepReport
 from lmcache_core.errors import BackendUnavailable
 from lmcache_core.layout import KVLayout
@@ -22,16 +25,41 @@ if TYPE_CHECKING:
     from lmcache_core.protocols import Region
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The pages of one KV group: `layout` describes one block, `layers` names the layers in its order."""
+
+    layout: KVLayout
+    layers: tuple[str, ...]
+    bind: Callable[[KVLayout, int, int], PagedKV]
+    """Makes the copier of layers `start...stop` for chunks of a layout, which is theirs alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Copier:
+    """Copies one group's pages, or one layer of them."""
+
+    group: int
+    pages: PagedKV
+    offset: int
+    nbytes: int
+    saves: bool
+
+
 class Worker:
     """Copies for one rank. Called by the engine's worker thread only."""
 
-    def __init__(self, layout: KVLayout, bind: Callable[[KVLayout], PagedKV]) -> None:
-        """`layout` describes one block; `bind` makes the copier for chunks of a layout."""
-        self._layout = layout
-        self._bind = bind
+    def __init__(self, rank: Rank, groups: Sequence[Group], *, by_layer: bool = False) -> None:
+        """`by_layer` overlaps the copies of a layer with the computing of others; the engine must then announce every
+        layer with `wait_layer` before it reads it."""
+        self._rank = rank
+        self._groups = groups
         self._region: Region | None = None
-        self._pages: PagedKV | None = None
-        self._chunk_bytes = layout.chunk_bytes
+        self._whole: list[_Copier] = []
+        self._layers: dict[str, _Copier] = {}
+        self._pool = ThreadPoolExecutor(1, "lmcache-layers") if by_layer else None
+        self._loading: dict[str, Future[None]] = {}
+        self._saving: dict[str, Future[None]] = {}
         self._report: StepReport | None = None
         self._received: set[str] = set()
         self._failed: set[int] = set()
@@ -44,19 +72,55 @@ class Worker:
         if plan.attach is not None:
             report.attached = self._region is not None
         report.copied = self._region is not None
-        if plan.loads is not None:
-            if self._pages is not None and self._region is not None:
-                self._pages.scatter(plan.loads.block_ids, self._addresses(plan.loads, self._region))
-            else:
-                self._failed.update(plan.loads.block_ids[plan.loads.block_ids >= 0].tolist())
+        loads = plan.loads
+        if loads is not None and self._region is None:
+            self._failed.update(loads.block_ids[loads.block_ids >= 0].tolist())
+        elif loads is not None and self._pool is not None and plan.needed:
+            for name, copier in self._layers.items():
+                self._loading[name] = self._pool.submit(self._scatter, copier, loads)
+        elif loads is not None:
+            for copier in self._whole:
+                self._scatter(copier, loads)
         self._received.update(plan.received)
         self._failed.update(plan.failed_blocks)
         self._report = None if plan.empty else report
 
+    def wait_layer(self, name: str) -> None:
+        """The engine is about to read this layer: its blocks are filled on return."""
+        job = self._loading.pop(name, None)
+        if job is not None:
+            job.result()
+
+    def save_layer(self, plan: StepPlan, name: str) -> None:
+        """The engine has written this layer: start to copy it."""
+        copier = self._layers.get(name)
+        if plan.saves is not None and self._pool is not None and copier is not None and name not in self._saving:
+            self._saving[name] = self._pool.submit(self._gather, copier, plan.saves)
+
     def save(self, plan: StepPlan) -> None:
-        """Copy the blocks this step completed."""
-        if plan.saves is not None and self._pages is not None and self._region is not None:
-            self._pages.gather(plan.saves.block_ids, self._addresses(plan.saves, self._region))
+        """Copy the blocks this step completed; nothing is under way on return."""
+        if self._loading and plan.loads is not None:
+            # The engine computed without announcing these layers: it may have read them before they were filled.
+            while self._loading:
+                self._loading.popitem()[1].result()
+            self._failed.update(plan.loads.block_ids[plan.loads.block_ids >= 0].tolist())
+            self._layers = {}
+            if self._pool is not None:
+                self._pool.shutdown()
+            self._pool = None
+            if self._report is not None:
+                self._report.copied = False
+        saving, self._saving = self._saving, {}
+        for job in saving.values():
+            job.result()
+        if plan.saves is None or self._region is None:
+            return
+        if not saving:
+            for copier in self._whole:
+                self._gather(copier, plan.saves)
+        else:
+            for name in self._layers.keys() - saving.keys():
+                self._gather(self._layers[name], plan.saves)
 
     def received(self) -> set[str]:
         """Requests whose asynchronous load ended; each is told once."""
@@ -75,12 +139,25 @@ class Worker:
 
     def close(self) -> None:
         """Unmap the arena."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
         self._region = None
-        self._pages = None
+        self._whole, self._layers = [], {}
 
-    def _addresses(self, copies: Copies, region: Region) -> NDArray[np.int64]:
-        offsets = copies.offsets
-        if offsets.min() < 0 or offsets.max() + self._chunk_bytes > region.nbytes:
+    def _scatter(self, copier: _Copier, copies: Copies) -> None:
+        copier.pages.scatter(copies.block_ids[copier.group], self._addresses(copier, copies))
+
+    def _gather(self, copier: _Copier, copies: Copies) -> None:
+        if copier.saves:
+            copier.pages.gather(copies.block_ids[copier.group], self._addresses(copier, copies))
+
+    def _addresses(self, copier: _Copier, copies: Copies) -> NDArray[np.int64]:
+        region = self._region
+        if region is None:
+            raise AssertionError("copying without an arena")
+        offsets = copies.offsets + copier.offset
+        if offsets.min() < 0 or offsets.max() + copier.nbytes > region.nbytes:
             raise AssertionError(
                 f"slot offsets {offsets.min()}..{offsets.max()} are outside the arena of {region.nbytes}"
             )
@@ -88,13 +165,24 @@ class Worker:
 
     def _map(self, attach: Attach) -> str:
         """Map the arena; why not, or an empty string."""
-        if replace(attach.layout, chunk_tokens=self._layout.chunk_tokens) != self._layout:
-            return f"scheduler and worker disagree about the KV layout: {attach.layout} and {self._layout}"
+        parts = attach.parts.get(self._rank, [])
+        own = [group.layout for group in self._groups]
+        told = [replace(part.layout, chunk_tokens=part.layout.block_tokens) for part in parts]
+        if told != own:
+            return f"scheduler and worker {self._rank} disagree about the KV layout: {told} and {own}"
         try:
-            self._pages = self._bind(attach.layout)
-            self._chunk_bytes = attach.layout.chunk_bytes
+            self._whole = [self._copier(i, part, 0, part.layout.num_layers) for i, part in enumerate(parts)]
+            if self._pool is not None:
+                for i, part in enumerate(parts):
+                    for at, name in enumerate(self._groups[i].layers):
+                        self._layers[name] = self._copier(i, part, at, at + 1)
             self._region = map_shared(attach.share)
         except (BackendUnavailable, ValueError) as error:
-            self._pages = None
+            self._whole, self._layers = [], {}
             return str(error)
         return ""
+
+    def _copier(self, group: int, part: Part, start: int, stop: int) -> _Copier:
+        layout = replace(part.layout, num_layers=stop - start)
+        offset = part.offset + start * layout.blocks * layout.block_bytes
+        return _Copier(group, self._groups[group].bind(layout, start, stop), offset, layout.chunk_bytes, part.saves)

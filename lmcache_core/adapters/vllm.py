@@ -4,16 +4,17 @@
         "kv_connector_module_path": "lmcache_core.adapters.vllm", "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"config": "/etc/lmcache.yaml"}}'
 
-vLLM makes two of these. The one in the scheduler's process owns the pipeline and its threads; the one in the worker's
-process maps the same memory and copies. They share nothing but one `StepPlan` and one `StepReport` a step. An engine
+vLLM makes one of these in the scheduler's process, which owns the pipeline and its threads, and one in each worker's,
+which maps the same memory and copies. They share nothing but one `StepPlan` and one `StepReport` a step. An engine
 whose KV cannot be stored safely runs as if there were no connector, and says why, once.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -29,9 +30,12 @@ from vllm.logger import init_logger
 
 from lmcache_core import config
 from lmcache_core.adapters import _vllm_compat as compat
-from lmcache_core.adapters._vllm_scheduler import Request, Scheduler
+from lmcache_core.adapters._vllm_params import TENANT
+from lmcache_core.adapters._vllm_parts import Rank, assemble
+from lmcache_core.adapters._vllm_scheduler import Request, Scheduler, Tables
+from lmcache_core.adapters._vllm_telemetry import Events, Prom, Stats
 from lmcache_core.adapters._vllm_wire import StepPlan, StepReport
-from lmcache_core.adapters._vllm_worker import Worker
+from lmcache_core.adapters._vllm_worker import Group, Worker
 from lmcache_core.build import build
 from lmcache_core.errors import ConfigError, Problem, Unsupported
 from lmcache_core.identity import Identity
@@ -55,6 +59,8 @@ class Settings(Frozen):
     """`sync`: within a request's first step, once its chunks are in memory. `async`: between steps, into blocks
     allocated ahead. `auto`: like `sync` for chunks in memory; chunks on storage are overlapped with waiting for blocks
     when vLLM may recompute a failed load (`kv_load_failure_policy`), else like `sync`, which cannot fail a request."""
+    layerwise: bool = False
+    """Copy layer by layer on a thread of its own while other layers compute. See docs/vllm.md for when that pays."""
     save_decode: bool = True
     """Whether generated tokens are saved too, not only prompts."""
     weights: str = ""
@@ -82,9 +88,9 @@ class ReportMetadata(KVConnectorWorkerMetadata):
 
 @dataclass
 class PagesMetadata(KVConnectorHandshakeMetadata):
-    """What a worker found its pages to be: a layout of one block, or why there is none."""
+    """What a worker found its pages to be: a layout of one block for each KV group, or why there is none."""
 
-    layout: KVLayout | None
+    layouts: list[KVLayout]
     refusal: str = ""
 
 
@@ -97,7 +103,9 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         self._settings = _settings(self._kv_transfer_config.kv_connector_extra_config)
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
-        self._pages = PagesMetadata(None, "the engine registered no KV memory")
+        self._pages = PagesMetadata([], "the engine registered no KV memory")
+        self._events: Events | None = None
+        self._counted: dict[str, int] = {}
         if role is KVConnectorRole.SCHEDULER:
             # Mistakes in the configuration stop the engine now, before it has loaded anything.
             self._config = config.load(self._settings.config).config
@@ -111,14 +119,15 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Describe the engine's pages, and prove on them that the description copies what it says."""
         try:
-            pages = compat.describe_pages(self._vllm_config, self._kv_cache_config, kv_caches)
-            self._worker = Worker(pages.layout, lambda layout: compat.paged_kv(pages, layout))
-            compat.prove_copies(pages)
+            groups = compat.describe_pages(self._vllm_config, self._kv_cache_config, kv_caches)
+            for pages in groups:
+                compat.prove_copies(pages)
         except Unsupported as error:
-            self._worker = None
-            self._pages = PagesMetadata(None, str(error))
-        else:
-            self._pages = PagesMetadata(pages.layout)
+            self._pages = PagesMetadata([], str(error))
+            return
+        self._pages = PagesMetadata([pages.layout for pages in groups])
+        bound = [Group(pages.layout, pages.names, partial(compat.paged_kv, pages)) for pages in groups]
+        self._worker = Worker(compat.rank(), bound, by_layer=self._settings.layerwise)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """The layout of this worker's pages, for the scheduler."""
@@ -131,10 +140,19 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.load(plan)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: `start_load_kv` has copied every layer."""
+        """Wait for the copies of this layer, where layers are copied one by one."""
+        if self._worker is not None:
+            self._worker.wait_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing to do by layer: `wait_for_save` copies all layers at once."""
+        """Start to copy this layer, where layers are copied one by one."""
+        if self._settings.layerwise and self._worker is not None and (plan := self._plan()) is not None:
+            self._worker.save_layer(plan, layer_name)
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """A graph of the whole model would not announce its layers."""
+        return bool(extra_config.get("layerwise"))
 
     def wait_for_save(self) -> None:
         """Copy the chunks this step completed out of their blocks, before anything can overwrite them."""
@@ -162,20 +180,29 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     # -- scheduler: start ------------------------------------------------------------------------------------
     def set_xfer_handshake_metadata(self, metadata: Mapping[int, KVConnectorHandshakeMetadata]) -> None:
+        """The same for engines without pipeline ranks."""
+        self.set_xfer_handshake_metadata_pp_aware({(0, rank): pages for rank, pages in metadata.items()})
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[Rank, KVConnectorHandshakeMetadata]) -> None:
         """Build the pipeline for the pages the workers found, or say why there is no caching."""
         try:
-            self._scheduler = self._start(list(metadata.values()))
+            self._scheduler = self._start(metadata)
         except Unsupported as error:
             logger.warning("lmcache-core: caching is off: %s", error)
 
-    def _start(self, found: list[KVConnectorHandshakeMetadata]) -> Scheduler:
-        pages = found[0]
-        if not isinstance(pages, PagesMetadata) or len(found) != 1:
-            raise Unsupported(f"expected the pages of one worker, got {found}")
-        if pages.layout is None:
-            raise Unsupported(pages.refusal)
+    def _start(self, found: Mapping[Rank, KVConnectorHandshakeMetadata]) -> Scheduler:
+        parallel = self._vllm_config.parallel_config
+        workers: dict[Rank, Sequence[KVLayout]] = {}
+        for rank, pages in found.items():
+            if not isinstance(pages, PagesMetadata):
+                raise Unsupported(f"worker {rank} is of another connector: {type(pages).__name__}")
+            if not pages.layouts:
+                raise Unsupported(pages.refusal)
+            workers[rank] = pages.layouts
+        if len(workers) != parallel.world_size:
+            raise Unsupported(f"{len(workers)} of {parallel.world_size} workers described their pages")
         settings = self._settings
-        chunk, block = self._config.chunk_tokens, pages.layout.block_tokens
+        chunk, block = self._config.chunk_tokens, workers[0, 0][0].block_tokens
         if chunk % block:
             raise ConfigError(
                 [
@@ -188,21 +215,32 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
                     )
                 ]
             )
-        layout = replace(pages.layout, chunk_tokens=chunk)
+        compat.refuse_chunk(self._kv_cache_config, chunk)
+        layout, parts = assemble(workers, chunk)
+        groups = len(workers[0, 0])
+        if groups > 1 and settings.load == "async":
+            raise Unsupported("load: async with several KV cache groups: a failed read could not be told to vLLM")
         base = compat.model_identity(self._vllm_config, layout, settings.weights)
         pipeline = build(self._config, layout, shared=True)
         if pipeline.slots.region.share is None:
             pipeline.close()
             raise ConfigError(f"tier {pipeline.memory_name}: vLLM's worker cannot map such memory; use type: cpu")
         recompute = self._kv_transfer_config.kv_load_failure_policy == "recompute"
-        base = replace(base, fidelity=pipeline.fidelity)
+        sizes = {"tp_size": parallel.tensor_parallel_size, "pp_size": parallel.pipeline_parallel_size}
+        base = replace(base, fidelity=pipeline.fidelity, **sizes)
         self._identities = _Identities(base, pipeline)
+        told = self._vllm_config.kv_events_config
+        if told is not None and told.enable_kv_cache_events and groups == 1:
+            self._events = Events(pipeline, block)
         scheduler = Scheduler(
             pipeline,
             self._identities.admit,
             asynchronous=settings.load == "async",
-            overlap=settings.load == "auto" and recompute,
+            overlap=settings.load == "auto" and recompute and groups == 1,
             save_decode=settings.save_decode,
+            parts=parts,
+            extra=compat.multimodal,
+            arrived=None if self._events is None else self._events.arrived,
         )
         self._announce(pipeline, base)
         return scheduler
@@ -249,7 +287,7 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Note which blocks the promised tokens go to."""
         if self._scheduler is not None:
-            self._scheduler.allocated(request.request_id, lambda: blocks.get_block_ids()[0], num_external_tokens)
+            self._scheduler.allocated(request.request_id, blocks.get_block_ids, num_external_tokens)
 
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
         """Which tiers the tokens came from, for vLLM's metrics."""
@@ -262,15 +300,13 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         return compat.hit_sources(by_tier, self._scheduler.pipeline.memory_name)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Let go of the request. Its blocks may be freed: nothing is copied after its step."""
-        if self._scheduler is not None:
-            self._scheduler.finished(request.request_id)
-        return False, None
+        """Let go of the request, and answer it. Its blocks may be freed: nothing is copied after its step."""
+        return False, None if self._scheduler is None else self._scheduler.finished(request.request_id)
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """The same; engines with several KV groups take no part anyway."""
+        """The same for engines with several KV groups."""
         return self.request_finished(request, [])
 
     # -- scheduler: a step -----------------------------------------------------------------------------------
@@ -287,6 +323,30 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None and isinstance(metadata, ReportMetadata):
             self._scheduler.done(metadata.report)
 
+    # -- scheduler: what others hear -------------------------------------------------------------------------
+    def take_events(self) -> Iterable[Any]:
+        """KV events of the memory tier since the last step."""
+        return () if self._events is None else self._events.take()
+
+    def get_kv_connector_stats(self) -> Stats | None:
+        """What the counters grew by since the last step; nothing in a worker."""
+        if self._scheduler is None:
+            return None
+        before, self._counted = self._counted, {**self._scheduler.counts, **self._scheduler.pipeline.counts}
+        return Stats.between(before, self._counted)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
+        """The same, from its plain data."""
+        return Stats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[Any]]
+    ) -> Prom:
+        """The counters for Prometheus."""
+        return Prom(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     # -- life ------------------------------------------------------------------------------------------------
     def reset_cache(self) -> bool | None:
         """Forget every chunk. What is computed from now on is kept apart from what was stored before: a reset follows a
@@ -294,6 +354,8 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is None:
             return None
         self._identities.new_epoch()
+        if self._events is not None:
+            self._events.cleared()
         return self._scheduler.clear()
 
     def shutdown(self) -> None:
@@ -306,20 +368,15 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
             worker.close()
 
 
-def _tables(scheduler_output: Any) -> Callable[[str], list[int] | None]:
+def _tables(scheduler_output: Any) -> Callable[[str], Tables | None]:
     """Block tables of the requests scheduled in this step."""
     state = scheduler_output.kv_connector_block_state
 
-    def table(request_id: str) -> list[int] | None:
-        found = None if state is None else state.get_block_ids(request_id)
-        return None if found is None else list(found[0])
+    def tables(request_id: str) -> Tables | None:
+        found: Tables | None = None if state is None else state.get_block_ids(request_id)
+        return found
 
-    return table
-
-
-TENANT = "lmcache.tenant"
-"""Key of `kv_transfer_params` under which the operator's gateway names the tenant of a request, and overwrites whatever
-the caller wrote there. vLLM's own prefix cache knows no tenants: the gateway sets `cache_salt` as well."""
+    return tables
 
 
 class _Identities:

@@ -103,7 +103,7 @@ class SerdeTests:
 
     def demand_same(self, context: SerdeContext, serde: Serde, chunk: bytes, found: bytes, contract: str) -> None:
         """`found` is what `chunk` may decode to."""
-        if type(serde).lossless:
+        if serde.lossless:
             demand(found == chunk, contract, f"a lossless {context.layout.dtype} chunk came back with other bytes")
             return
         want, got = values(chunk, context.layout.dtype), values(found, context.layout.dtype)
@@ -129,7 +129,7 @@ class SerdeTests:
         """Values like a KV cache's, zeros, and for lossless serdes bytes that mean nothing."""
         for context, serde in self.serdes(open_serde):
             chunks = [*(kv_like(context, seed) for seed in range(3)), bytes(context.chunk_bytes)]
-            if type(serde).lossless:
+            if serde.lossless:
                 chunks += [noise(context.chunk_bytes), b"\xff" * context.chunk_bytes]
             for chunk in chunks:
                 (blob,) = self.encode(serde, [chunk])
@@ -141,7 +141,7 @@ class SerdeTests:
         for context, serde in self.serdes(open_serde):
             bound = serde.bound()
             demand(bound > 0, "bound", f"bound() is {bound}")
-            if type(serde).lossless:
+            if serde.lossless:
                 self.encode(serde, [noise(context.chunk_bytes, seed) for seed in range(8)], "bound")
             self.encode(serde, [bytes(context.chunk_bytes), kv_like(context)], "bound")
             demand(serde.bound() == bound, "bound", f"bound() was {bound} and is {serde.bound()}")

@@ -6,20 +6,23 @@ page is compared with that function, so one wrong byte in any load is found wher
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 
 import numpy as np
 
 from lmcache_backends.cpu import CpuMemory
+from lmcache_core.adapters._vllm_parts import assemble
 from lmcache_core.adapters._vllm_scheduler import Scheduler
 from lmcache_core.adapters._vllm_wire import StepPlan, StepReport
-from lmcache_core.adapters._vllm_worker import Worker
+from lmcache_core.adapters._vllm_worker import Group, Worker
 from lmcache_core.copies import PagedKV, PageGeometry
 from lmcache_core.eviction.lru import Lru
 from lmcache_core.identity import Identity
@@ -44,7 +47,7 @@ LAYOUT = KVLayout(
     block_tokens=BLOCK,
     packing="fake/1",
 )
-BLOCK_LAYOUT = KVLayout(**{**{f: getattr(LAYOUT, f) for f in LAYOUT.__slots__}, "chunk_tokens": BLOCK})
+BLOCK_LAYOUT = replace(LAYOUT, chunk_tokens=BLOCK)
 
 
 def kv(before: bytes, token: int, salt: str | None) -> bytes:
@@ -52,9 +55,9 @@ def kv(before: bytes, token: int, salt: str | None) -> bytes:
     return blake2b(before + token.to_bytes(4, "little"), digest_size=TOKEN_BYTES, key=(salt or "").encode()).digest()
 
 
-def layers_of(first: bytes) -> list[bytes]:
+def layers_of(first: bytes, layers: int = LAYERS) -> list[bytes]:
     """KV of one token in every layer, from that in layer 0."""
-    return [first, *(blake2b(first, digest_size=TOKEN_BYTES, salt=bytes([i])).digest() for i in range(1, LAYERS))]
+    return [first, *(blake2b(first, digest_size=TOKEN_BYTES, salt=bytes([i])).digest() for i in range(1, layers))]
 
 
 def next_token(first: bytes) -> int:
@@ -85,6 +88,8 @@ class FakeRequest:
     lora: str = ""
     read: bool = True
     refused: str = ""
+    kv_transfer_params: dict[str, object] | None = None
+    answer: dict[str, object] | None = None
     all_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     table: list[int] = field(default_factory=list)
@@ -161,11 +166,13 @@ class DictStorage(StorageBackend):
         pass
 
 
-def make_pipeline(chunks: int, storage: DictStorage | None = None, *, deadline: float = 20.0) -> Pipeline:
+def make_pipeline(
+    chunks: int, storage: DictStorage | None = None, *, deadline: float = 20.0, layout: KVLayout = LAYOUT
+) -> Pipeline:
     """A pipeline of `chunks` slots in shared memory, over `storage`."""
     memory = CpuMemory(pin=False, shared=True)
-    region = memory.allocate(chunks * round_up(object_bytes(LAYOUT.chunk_bytes)))
-    slots = Slots(region, LAYOUT.chunk_bytes, Lru(), poison=True)
+    region = memory.allocate(chunks * round_up(object_bytes(layout.chunk_bytes)))
+    slots = Slots(region, layout.chunk_bytes, Lru(), poison=True)
     tiers = []
     if storage is not None:
         tiers.append(
@@ -175,7 +182,7 @@ def make_pipeline(chunks: int, storage: DictStorage | None = None, *, deadline: 
                 None,
                 Lru(),
                 slots,
-                LAYOUT.id,
+                layout.id,
                 write="through",
                 promote=True,
                 capacity=None,
@@ -187,7 +194,7 @@ def make_pipeline(chunks: int, storage: DictStorage | None = None, *, deadline: 
                 staging=None,
             )
         )
-    return Pipeline(LAYOUT, "dram", memory, slots, tiers)
+    return Pipeline(layout, "dram", memory, slots, tiers)
 
 
 IDENTITY = Identity(model="fake", weights="0" * 64, layout=LAYOUT)
@@ -208,8 +215,11 @@ class FakeEngine:
         overlap: bool = False,
         save_decode: bool = True,
         attachable: bool = True,
+        ranks: tuple[tuple[int, int], ...] = ((0, 0),),
+        by_layer: bool = False,
     ) -> None:
-        self.pages = np.full((LAYERS, blocks, BLOCK, TOKEN_BYTES), POISON, dtype=np.uint8)
+        self.layers = LAYERS * len(ranks)
+        self.pages = np.full((self.layers, blocks, BLOCK, TOKEN_BYTES), POISON, dtype=np.uint8)
         self.revision = ""
         self.connector: Scheduler | None = None
         if pipeline is not None:
@@ -219,8 +229,13 @@ class FakeEngine:
                 asynchronous=asynchronous,
                 overlap=overlap,
                 save_decode=save_decode,
+                parts=assemble({rank: [BLOCK_LAYOUT] for rank in ranks}, CHUNK)[1],
             )
-        self.worker = Worker(BLOCK_LAYOUT, self._bind)
+        self.workers = []
+        for i, rank in enumerate(ranks):
+            names = tuple(str(layer) for layer in range(i * LAYERS, (i + 1) * LAYERS))
+            group = Group(BLOCK_LAYOUT, names, partial(self._bind, i * LAYERS))
+            self.workers.append(Worker(rank, [group], by_layer=by_layer))
         self.attachable = attachable
         self.budget = budget
         self.lag = lag
@@ -241,11 +256,11 @@ class FakeEngine:
         identity = replace(IDENTITY, revision=self.revision)
         return request.refused or identity.with_request(lora=request.lora, salt=request.salt)
 
-    def _bind(self, layout: KVLayout) -> PagedKV:
+    def _bind(self, first: int, layout: KVLayout, start: int, stop: int) -> PagedKV:
         if not self.attachable:
             raise ValueError("this worker cannot attach")
         stride = self.pages.strides
-        bases = [self.pages.ctypes.data + layer * stride[0] for layer in range(LAYERS)]
+        bases = [self.pages.ctypes.data + layer * stride[0] for layer in range(first + start, first + stop)]
         geometry = PageGeometry.opaque(layout, block_stride=stride[1])
         return PagedKV(bases, geometry, self.pages.shape[1], owner=self.pages)
 
@@ -311,6 +326,12 @@ class FakeEngine:
                     self.cache[key] = block
                     self.hash_of[block] = key
 
+    def close(self) -> None:
+        if self.connector is not None:
+            self.connector.close(20)
+        for worker in self.workers:
+            worker.close()
+
     # -- what an API server does -------------------------------------------------------------------------------
     def add(self, request: FakeRequest) -> FakeRequest:
         self.requests[request.request_id] = request
@@ -330,7 +351,7 @@ class FakeEngine:
 
     def _finish(self, request: FakeRequest, *, hold: bool = False) -> None:
         if self.connector is not None:
-            self.connector.finished(request.request_id)
+            request.answer = self.connector.finished(request.request_id)
         if not hold:
             self._release(request)
             del self.requests[request.request_id]
@@ -349,7 +370,7 @@ class FakeEngine:
         scheduled = self._schedule()
         plan = StepPlan(self.steps)
         if self.connector is not None:
-            tables = {request_id: self.requests[request_id].table for request_id in scheduled}
+            tables = {request_id: [self.requests[request_id].table] for request_id in scheduled}
             plan = self.connector.plan(scheduled, tables.get)
         starts = {}
         for request_id, tokens in scheduled.items():
@@ -419,7 +440,7 @@ class FakeEngine:
                 break
             if self.connector is not None:
                 table = list(request.table)
-                self.connector.allocated(request.request_id, lambda table=table: table, external)
+                self.connector.allocated(request.request_id, lambda table=table: [table], external)
             request.external += external
             request.num_computed_tokens = computed + external
             if asynchronous:
@@ -440,9 +461,13 @@ class FakeEngine:
         self.waiting.appendleft(request)
 
     def _execute(self, plan: StepPlan, scheduled: dict[str, int], starts: dict[str, int]) -> None:
-        early = bool(scheduled and (plan.loads is not None or plan.failed_blocks))
+        early = bool(scheduled and (plan.needed or plan.failed_blocks))
         if early:
-            self.worker.load(plan)
+            for worker in self.workers:
+                worker.load(plan)
+        for layer in range(self.layers):
+            for worker in self.workers:
+                worker.wait_layer(str(layer))
         for request_id, tokens in scheduled.items():
             request = self.requests[request_id]
             start = starts[request_id]
@@ -452,17 +477,31 @@ class FakeEngine:
             last = self._read(request, start - 1)[0] if start else b""
             for position in range(start, start + tokens):
                 last = kv(last, request.all_token_ids[position], request.salt)
-                for layer, value in enumerate(layers_of(last)):
+                for layer, value in enumerate(layers_of(last, self.layers)):
                     page = self.pages[layer, request.table[position // BLOCK], position % BLOCK]
                     page[:] = np.frombuffer(value, np.uint8)
-        if not early:
-            self.worker.load(plan)
-        self.worker.save(plan)
-        self.outputs.append((scheduled, self.worker.received(), self.worker.failed(), self.worker.report()))
+        for layer in range(self.layers if scheduled else 0):
+            for worker in self.workers:
+                worker.save_layer(plan, str(layer))
+        reports: list[StepReport] = []
+        received, failed = [], set()
+        for worker in self.workers:
+            if not early:
+                worker.load(plan)
+            worker.save(plan)
+            received.append(worker.received())
+            failed |= worker.failed()
+            report = worker.report()
+            if report is not None:
+                reports.append(report)
+        assert all(names == received[0] for names in received), "ranks end a load in different steps"
+        merged = functools.reduce(StepReport.merge, reports) if reports else None
+        self.outputs.append((scheduled, received[0], failed, merged))
 
     def _read(self, request: FakeRequest, position: int) -> list[bytes]:
         return [
-            self.pages[layer, request.table[position // BLOCK], position % BLOCK].tobytes() for layer in range(LAYERS)
+            self.pages[layer, request.table[position // BLOCK], position % BLOCK].tobytes()
+            for layer in range(self.layers)
         ]
 
     def _verify(self, request: FakeRequest, computed: int) -> None:
@@ -470,7 +509,9 @@ class FakeEngine:
         for position in range(computed):
             last = kv(last, request.all_token_ids[position], request.salt)
             found = self._read(request, position)
-            assert found == layers_of(last), f"{request.request_id}: wrong KV at token {position} of {computed}"
+            assert found == layers_of(last, self.layers), (
+                f"{request.request_id}: wrong KV at token {position} of {computed}"
+            )
 
     def _update(self) -> None:
         scheduled, received, failed_blocks, report = self.outputs.popleft()

@@ -24,7 +24,7 @@ with warnings.catch_warnings():
     import torch
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
     from vllm.v1.core.sched.output import KVConnectorBlockState
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+    from vllm.v1.kv_cache_interface import CrossAttentionSpec, FullAttentionSpec, SlidingWindowSpec
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
     from vllm.v1.outputs import KVConnectorOutput
 
@@ -49,7 +49,12 @@ def engine_config(**changes: Any) -> Any:
     )  # fmt: skip
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(
-            world_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, is_producer=True
+            world_size=1,
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            is_producer=True,
         ),
         model_config=SimpleNamespace(
             runner_type="generate",
@@ -69,6 +74,7 @@ def engine_config(**changes: Any) -> Any:
         load_config=SimpleNamespace(load_format="dummy"),
         speculative_config=None,
         shutdown_timeout=0,
+        kv_events_config=None,
         compilation_config=SimpleNamespace(
             static_forward_context={f"model.layers.{i}.attn": SimpleNamespace(isa="vec") for i in range(LAYERS)}
         ),
@@ -92,7 +98,9 @@ def spec(**changes: Any) -> FullAttentionSpec:
 
 
 def cache_config(*specs: Any) -> Any:
-    groups = [SimpleNamespace(kv_cache_spec=s) for s in specs or (spec(),)]
+    specs = specs or (spec(),)
+    names = [f"model.layers.{i}.attn" for i in range(LAYERS)]
+    groups = [SimpleNamespace(kv_cache_spec=s, layer_names=names[i :: len(specs)]) for i, s in enumerate(specs)]
     return SimpleNamespace(kv_cache_groups=groups, num_blocks=BLOCKS)
 
 
@@ -133,7 +141,7 @@ def test_every_difference_in_the_api_is_named(monkeypatch: pytest.MonkeyPatch) -
 def test_pages_are_described_by_their_strides(block_major: bool, dtype: torch.dtype) -> None:
     kv = memory(block_major=block_major, dtype=dtype)
     config = engine_config(model_config__dtype=dtype)
-    pages = compat.describe_pages(config, cache_config(spec(dtype=dtype)), kv)
+    (pages,) = compat.describe_pages(config, cache_config(spec(dtype=dtype)), kv)
     assert pages.bases == tuple(kv[f"model.layers.{i}.attn"].data_ptr() for i in range(LAYERS))
     page = HEADS * BLOCK * 2 * DIM * dtype.itemsize
     assert pages.block_stride == page * (LAYERS if block_major else 1)
@@ -148,7 +156,7 @@ def test_packing_is_told_by_what_the_kernel_writes() -> None:
     def packing(isa: str, **changes: Any) -> str:
         layers = {f"model.layers.{i}.attn": SimpleNamespace(isa=isa) for i in range(LAYERS)}
         config = engine_config(compilation_config__static_forward_context=layers)
-        return compat.describe_pages(config, cache_config(spec(**changes)), memory()).layout.packing
+        return compat.describe_pages(config, cache_config(spec(**changes)), memory())[0].layout.packing
 
     assert packing("vec") == packing("vec")
     assert packing("vec") != packing("vec16")
@@ -161,7 +169,7 @@ def test_packing_is_told_by_what_the_kernel_writes() -> None:
     [("bases", lambda p: p.bases[::-1]), ("block_stride", lambda p: p.block_stride * 2), ("num_blocks", lambda p: 6)],
 )
 def test_a_wrong_description_is_found_by_copying(field: str, value: Callable[[compat.Pages], Any]) -> None:
-    pages = compat.describe_pages(engine_config(), cache_config(), memory())
+    (pages,) = compat.describe_pages(engine_config(), cache_config(), memory())
     wrong = dataclasses.replace(pages, **{field: value(pages)})
     if field == "block_stride":
         wrong = dataclasses.replace(wrong, num_blocks=BLOCKS // 2)
@@ -175,7 +183,6 @@ def test_a_wrong_description_is_found_by_copying(field: str, value: Callable[[co
 @pytest.mark.parametrize(
     "changes, why",
     [
-        ({"parallel_config__world_size": 2}, "2 workers"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallel"),
         ({"model_config__runner_type": "pooling"}, "later tokens"),
         ({"model_config__is_diffusion": True}, "later tokens"),
@@ -201,9 +208,9 @@ def _strided(kv: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "specs, change, why",
     [
-        ((spec(), spec()), dict, "2 KV cache groups"),
-        ((SlidingWindowSpec(BLOCK, num_kv_heads=HEADS, head_size=DIM, dtype=torch.float32, sliding_window=64),),
-         dict, "SlidingWindowSpec"),
+        ((spec(), spec(block_size=16)), dict, r"blocks of \[16, 32\] tokens"),
+        ((CrossAttentionSpec(BLOCK, num_kv_heads=HEADS, head_size=DIM, dtype=torch.float32),), dict, "CrossAttention"),
+        ((), lambda kv: kv | {"draft.attn": kv["model.layers.0.attn"]}, "draft.attn"),
         ((spec(non_causal=True),), dict, "non-causal"),
         ((spec(head_size_v=16),), dict, "packed in a way"),
         ((spec(num_kv_heads=4),), dict, "has KV of shape"),
@@ -298,7 +305,7 @@ def request(**changes: Any) -> Any:
     plain: dict[str, Any] = {
         "request_id": "r", "mm_features": [], "prompt_embeds": None, "resumable": False, "pooling_params": None,
         "lora_request": None, "cache_salt": None, "skip_reading_prefix_cache": False, "num_computed_tokens": 0,
-        "all_token_ids": list(range(100)), "num_tokens": 100, "num_prompt_tokens": 100,
+        "kv_transfer_params": None, "all_token_ids": list(range(100)), "num_tokens": 100, "num_prompt_tokens": 100,
     }  # fmt: skip
     return SimpleNamespace(**{**plain, **changes})
 
@@ -307,7 +314,8 @@ def request(**changes: Any) -> Any:
     "changes, reason",
     [
         ({}, ""),
-        ({"mm_features": ["image"]}, "multimodal"),
+        ({"mm_features": [SimpleNamespace(identifier="sha")]}, ""),
+        ({"mm_features": [SimpleNamespace(identifier="")]}, "multimodal"),
         ({"prompt_embeds": object()}, "prompt_embeds"),
         ({"resumable": True}, "streaming_input"),
         ({"pooling_params": object()}, "pooling"),
@@ -461,7 +469,7 @@ def test_settings_are_checked_at_once(tmp_path: Path) -> None:
     text = str(error.value)
     assert "2 configuration errors" in text
     assert all(name in text for name in ("kv_connector_extra_config", "'sometimes'", "savedecode"))
-    assert "known settings: config, load, save_decode, weights" in text
+    assert "known settings: config, load, layerwise, save_decode, weights" in text
 
 
 def test_chunks_must_be_whole_blocks(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 from fake_vllm import (
     BLOCK,
+    BLOCK_LAYOUT,
     CHUNK,
     MODES,
     DictStorage,
@@ -23,6 +24,7 @@ from fake_vllm import (
 )
 
 from lmcache_core.adapters import _vllm_scheduler
+from lmcache_core.adapters._vllm_parts import assemble
 from lmcache_core.adapters._vllm_wire import StepReport
 from lmcache_core.pipeline import Pipeline
 from lmcache_core.testing.invariants import settle
@@ -49,7 +51,7 @@ def test_a_request_that_starts_again_saves_again() -> None:
 
     def compute() -> int:
         assert connector.match(request, 0) == (0, False)
-        plan = connector.plan({"again": 2 * CHUNK}, lambda _: list(range(1, 9)))
+        plan = connector.plan({"again": 2 * CHUNK}, lambda _: [list(range(1, 9))])
         connector.done(StepReport(plan.step, True))
         return 0 if plan.saves is None else len(plan.saves.offsets)
 
@@ -90,7 +92,7 @@ def test_worker_that_never_answers_turns_caching_off(monkeypatch: pytest.MonkeyP
     prompt = tokens(50)
     ask(FakeEngine(pipeline), prompt)
     engine = FakeEngine(pipeline)
-    monkeypatch.setattr(engine.worker, "report", lambda: None)
+    monkeypatch.setattr(engine.workers[0], "report", lambda: None)
     request = engine.add(FakeRequest("alone", prompt, 3))
     engine.run()
     assert request.output == answer(prompt, 3)
@@ -155,9 +157,11 @@ def test_null_blocks_are_never_saved() -> None:
     assert connector is not None
     request = FakeRequest("window", tokens(2 * CHUNK), 1)
     assert connector.match(request, 0) == (0, False)
-    plan = connector.plan({"window": 2 * CHUNK}, lambda _: [1, 2, 0, 3, 4, 5, 6, 7])
-    assert plan.saves is None
+    plan = connector.plan({"window": 2 * CHUNK}, lambda _: [[1, 2, 0, 3, 4, 5, 6, 7]])
+    assert plan.saves is not None
+    assert plan.saves.block_ids.tolist() == [[[4, 5, 6, 7]]]
     assert connector.counts["null_blocks"] == 1
+    connector.done(StepReport(plan.step, True))
     connector.finished("window")
     settle(pipeline)
 
@@ -247,7 +251,7 @@ def test_wire_survives_pickling() -> None:
     assert connector is not None
     request = FakeRequest("wire", tokens(40), 1)
     connector.match(request, 0)
-    plan = connector.plan({"wire": 40}, lambda _: list(range(1, 11)))
+    plan = connector.plan({"wire": 40}, lambda _: [list(range(1, 11))])
     copy = pickle.loads(pickle.dumps(plan))
     assert copy.attach == plan.attach
     assert plan.saves is not None
@@ -268,6 +272,9 @@ def test_reports_of_ranks_merge() -> None:
 # -- everything at once --------------------------------------------------------------------------------------------
 def _chaos(seed: int, mode: dict[str, bool]) -> None:
     rng = random.Random(seed)
+    ranks = rng.choice([((0, 0),), ((0, 0), (0, 1)), ((0, 0), (0, 1), (1, 0), (1, 1))])
+    layout, _ = assemble({rank: [BLOCK_LAYOUT] for rank in ranks}, CHUNK)
+    by_layer = rng.random() < 0.5
     storage = DictStorage() if rng.random() < 0.8 else None
     engines: list[Callable[[Pipeline], FakeEngine]] = [
         lambda pipeline: FakeEngine(
@@ -276,12 +283,14 @@ def _chaos(seed: int, mode: dict[str, bool]) -> None:
             budget=rng.choice([5, 16, 40]),
             prefix_cache=rng.random() < 0.5,
             lag=rng.randrange(2),
+            ranks=ranks,
+            by_layer=by_layer,
             **mode,
         )
     ]
     roots = [tokens(70, rng.random()) for _ in range(3)]
     for _ in range(2):  # two lifetimes over one storage
-        pipeline = make_pipeline(rng.choice([3, 8, 30]), storage)
+        pipeline = make_pipeline(rng.choice([3, 8, 30]), storage, layout=layout)
         engine = engines[0](pipeline)
         live: list[FakeRequest] = []
         for i in range(25):
@@ -305,7 +314,7 @@ def _chaos(seed: int, mode: dict[str, bool]) -> None:
             if not request.aborted:
                 assert request.output == answer(request.prompt, request.max_new, request.salt)
         settle(pipeline)
-        engine.connector.close(20)
+        engine.close()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -178,7 +178,7 @@ def test_a_hit_the_engine_does_not_use_is_let_go() -> None:
     assert connector is not None
     request = FakeRequest("unused", prompt, 1)
     assert connector.match(request, 0) == (48, False)
-    connector.allocated("unused", list, 0)
+    connector.allocated("unused", lambda: [[]], 0)
     settle(pipeline)
     connector.finished("unused")
 

@@ -1,0 +1,177 @@
+"""SGLang's pages in a pipeline: one chunk is one page, and its key is SGLang's own page hash under our identity.
+
+The hash is a chain over the tokens up to the page, seeded with the request's `cache_salt`, its adapter and its extra
+key. It says nothing of the model, so that the identity stands in front of it. Nothing here imports SGLang.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lmcache_core.adapters._sglang_pools import HostPages, StridedPages
+from lmcache_core.build import build
+from lmcache_core.config import PipelineConfig
+from lmcache_core.errors import ConfigError, Problem
+from lmcache_core.identity import Identity
+from lmcache_core.types import CHAIN_BYTES, ChunkKey, MissReason
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Admit = Callable[["PageStore"], Identity]
+"""The identity of a store's pages."""
+
+
+class PageStore:
+    """The pages of one pool in one pipeline. Thread-safe."""
+
+    def __init__(
+        self, config: PipelineConfig, pages: HostPages, identify: Callable[[HostPages], Identity], tenant: str | None
+    ) -> None:
+        """Build the pipeline that `config` describes for `pages`; its `chunk_tokens` is the engine's page, whatever it
+        says. Raise what `build` raises, and `ConfigError` where tenants are told apart and none was named."""
+        self.pages = pages
+        self.pipeline = build(config.model_copy(update={"chunk_tokens": pages.tokens}), pages.layout)
+        self._identify = identify
+        self._tenant = tenant
+        self._patience = max((tier.deadline for tier in self.pipeline.tiers), default=0.0)
+        self._lookup_patience = max((tier.lookup_deadline for tier in self.pipeline.tiers), default=0.0)
+        try:
+            self.renew()
+        except BaseException:
+            self.pipeline.close(0.1)
+            raise
+
+    def renew(self, epoch: str = "") -> Identity:
+        """Find out anew whose the pages are. Pages of another `epoch` are kept apart."""
+        identity = replace(self._identify(self.pages), fidelity=self.pipeline.fidelity)
+        if epoch:
+            identity = replace(identity, revision=f"{identity.revision}#{epoch}")
+        admitted = self.pipeline.tenant_identity(identity, self._tenant)
+        if admitted is None:
+            raise ConfigError(
+                [
+                    Problem(
+                        where="hicache-storage-backend-extra-config",
+                        path="tenant",
+                        what="is missing, and the configuration has `tenancy`",
+                        why="SGLang does not tell a storage backend whose a request is",
+                        fix="name the tenant that this engine serves, or remove `tenancy`",
+                    )
+                ]
+            )
+        self._prefix = admitted.prefix
+        return admitted
+
+    def keys(self, hashes: Sequence[str]) -> list[ChunkKey]:
+        """Keys of pages by SGLang's hashes."""
+        prefix = self._prefix
+        return [ChunkKey(prefix + hashlib.sha256(page.encode()).digest()[:CHAIN_BYTES]) for page in hashes]
+
+    # -- presence --------------------------------------------------------------------------------------------
+    def leading(self, hashes: Sequence[str]) -> int:
+        """How many pages from the first on are stored. Waits for the tiers' lookup deadlines at most."""
+        hit = self.pipeline.lookup(self.keys(hashes))
+        hit.wait(self._lookup_patience)
+        return hit.count
+
+    def present(self, hashes: Sequence[str]) -> list[bool]:
+        """Which pages are stored, each by itself."""
+        hits = [self.pipeline.lookup([key]) for key in self.keys(hashes)]
+        for hit in hits:
+            hit.wait(self._lookup_patience)
+        return [hit.count == 1 for hit in hits]
+
+    # -- pages of the pool -----------------------------------------------------------------------------------
+    def load(self, hashes: Sequence[str], indices: Any) -> list[bool]:
+        """Copy stored pages into the pool at `indices`, up to the first that is missing; whether each was."""
+        pages = self._by_page(hashes, indices)
+
+        def copy(first: int, count: int, addresses: NDArray[np.int64]) -> None:
+            self.pages.scatter(pages[first : first + count].reshape(-1), addresses)
+
+        return self._load(hashes, copy)
+
+    def save(self, hashes: Sequence[str], indices: Any) -> list[bool]:
+        """Store the pool's pages at `indices`; whether each is stored now."""
+        pages = self._by_page(hashes, indices)
+
+        def copy(positions: list[int], addresses: NDArray[np.int64]) -> None:
+            self.pages.gather(pages[positions].reshape(-1), addresses)
+
+        return self._save(hashes, copy)
+
+    def _by_page(self, hashes: Sequence[str], indices: Any) -> Any:
+        if len(indices) != len(hashes) * self.pages.tokens:
+            raise ValueError(f"{len(indices)} indices for {len(hashes)} pages of {self.pages.tokens} tokens")
+        return indices.reshape(-1, self.pages.tokens)
+
+    # -- flat pages, as tensors of their own -----------------------------------------------------------------
+    def load_flat(self, hashes: Sequence[str], targets: Sequence[Any]) -> list[bool]:
+        """Copy stored pages into flat tensors; whether each was."""
+        strided = self._strided()
+        slots = self.pipeline.slots
+
+        def copy(first: int, count: int, addresses: NDArray[np.int64]) -> None:
+            offsets = addresses - slots.region.address
+            for target, offset in zip(targets[first : first + count], offsets.tolist(), strict=True):
+                strided.to_flat(slots.region.view[offset : offset + slots.chunk_bytes], target)
+
+        return self._load(hashes, copy)
+
+    def save_flat(self, hashes: Sequence[str], values: Sequence[Any]) -> list[bool]:
+        """Store flat tensors; whether each is stored now."""
+        strided = self._strided()
+        slots = self.pipeline.slots
+
+        def copy(positions: list[int], addresses: NDArray[np.int64]) -> None:
+            for position, offset in zip(positions, (addresses - slots.region.address).tolist(), strict=True):
+                strided.from_flat(values[position], slots.region.view[offset : offset + slots.chunk_bytes])
+
+        return self._save(hashes, copy)
+
+    def _strided(self) -> StridedPages:
+        if not isinstance(self.pages, StridedPages):
+            raise TypeError(f"pages of {self.pages.layout.packing} have no flat form")
+        return self.pages
+
+    # -- the pipeline ----------------------------------------------------------------------------------------
+    def _load(self, hashes: Sequence[str], copy: Callable[[int, int, NDArray[np.int64]], None]) -> list[bool]:
+        keys, done = self.keys(hashes), 0
+        while done < len(keys):
+            with self.pipeline.retrieve(keys[done:]) as lease:
+                if len(lease):
+                    copy(done, len(lease), lease.addresses)
+                done += len(lease)
+                # A prefix longer than memory is loaded in parts.
+                if lease.reason is not MissReason.NO_ROOM or not len(lease):
+                    break
+        return [True] * done + [False] * (len(keys) - done)
+
+    def _save(self, hashes: Sequence[str], copy: Callable[[list[int], NDArray[np.int64]], None]) -> list[bool]:
+        keys, index = self.keys(hashes), self.pipeline.slots.index
+        part, stored = max(1, self.pipeline.slots.count // 2), 0
+        while stored < len(keys):
+            now = keys[stored : stored + part]
+            for last in (False, True):
+                with self.pipeline.reserve(now) as room:
+                    if room.positions:
+                        copy([stored + position for position in room.positions], room.addresses)
+                        room.commit()
+                # A key that is not there found no room: slots free up as lower tiers get what they hold.
+                count = next((i for i, key in enumerate(now) if key not in index), len(now))
+                if last or count == len(now) or not self.pipeline.flush(self._patience):
+                    break
+            stored += count
+            if count < len(now):
+                break
+        return [True] * stored + [False] * (len(keys) - stored)
+
+    def clear(self, epoch: str) -> None:
+        """Forget every page, and keep apart what is stored from now on. Raise `BackendError` when a medium fails."""
+        self.renew(epoch)
+        self.pipeline.clear()

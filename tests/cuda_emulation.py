@@ -1,0 +1,75 @@
+"""Builds and loads tests/cuda_emulation.cpp: the CUDA kernels' arithmetic, run on the host."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmcache_core import _cuda, _native
+
+ROOT = Path(__file__).parents[1]
+
+
+def build(directory: Path) -> ctypes.CDLL | None:
+    """The library, built into `directory`; None where there is no compiler."""
+    compiler = next(filter(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")), None)
+    if compiler is None:
+        return None
+    out = directory / "emulation.so"
+    options = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    source = ROOT / "tests" / "cuda_emulation.cpp"
+    subprocess.run([compiler, *options, f"-I{ROOT}/csrc/include", source, "-o", out], check=True)
+    library = ctypes.CDLL(str(out))
+    library.emulate_copy_pages.restype = ctypes.c_int64
+    library.emulate_copy_pages.argtypes = [*_cuda._SIGNATURES["lmc_cuda_copy_pages"]]
+    library.emulate_divide.argtypes = [ctypes.c_uint32, ctypes.c_uint32]
+    library.emulate_divide.restype = ctypes.c_int64
+    library.emulate_store.argtypes = [ctypes.c_int32, ctypes.c_float]
+    library.emulate_store.restype = ctypes.c_uint32
+    library.emulate_load.argtypes = [ctypes.c_int32, ctypes.c_uint32]
+    library.emulate_load.restype = ctypes.c_float
+    return library
+
+
+class Pages:
+    """`_native.copy_pages` by the kernels' arithmetic."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self.rope: _cuda.Rope | None = None
+
+    def __call__(
+        self,
+        parts: Any,
+        layers: int,
+        num_blocks: int,
+        block_ids: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        *,
+        to_slots: bool,
+        skip_negative: bool,
+        threads: int,
+    ) -> int:
+        chunks, blocks = block_ids.shape
+        turn = None if self.rope is None else ctypes.byref(_cuda.rope_of(self.rope))
+        result: int = self._library.emulate_copy_pages(
+            parts,
+            len(parts),
+            layers,
+            num_blocks,
+            _native.address_of(block_ids),
+            chunks,
+            blocks,
+            _native.address_of(slots),
+            to_slots,
+            skip_negative,
+            turn,
+        )
+        return result
