@@ -108,7 +108,7 @@ class StridedPages:
         self.layout = KVLayout(
             "lknhd", dtype, lengths["layer"], lengths["plane"], heads, dim, self.tokens, block_tokens=self.tokens
         )
-        self._shape = {axis: lengths[axis] for axis in CANONICAL} | {"bytes": dim * item}
+        self._shape: dict[str, int] = {axis: lengths[axis] for axis in CANONICAL} | {"bytes": dim * item}
         self._flat_axes = [{"slot": "token"}.get(axis, axis) for axis in axes[:-1] if axis != "page"]
         self._copier = PagedKV(
             [

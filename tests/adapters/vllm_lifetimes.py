@@ -1,6 +1,6 @@
 """Several lifetimes of a real vLLM engine in one process; prints what each did as one line of JSON.
 
-usage: vllm_lifetimes.py WORK_DIRECTORY (tiny | MODEL_DIRECTORY)
+usage: vllm_lifetimes.py WORK_DIRECTORY (tiny | two | MODEL_DIRECTORY)
 
 Run in a process of its own: vLLM keeps global state and its environment must be set before it is imported.
 """
@@ -55,6 +55,64 @@ def tiny_model(path: Path, **changes: Any) -> Path:
     return path
 
 
+def hybrid_model(path: Path) -> Path:
+    """A random Gemma 3: every other layer keeps a window of 256 tokens only, in a KV group of its own."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(7)
+    config = Gemma3TextConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=512,
+        max_position_embeddings=4096,
+        sliding_window=256,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        query_pre_attn_scalar=32,
+        tie_word_embeddings=False,
+        initializer_range=0.15,
+    )
+    Gemma3ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def mla_model(path: Path) -> Path:
+    """A random DeepSeek-V2-Lite in shape: its KV is one latent of 512 + 64 a token."""
+    import torch
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    torch.manual_seed(7)
+    config = DeepseekV2Config(
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        first_k_dense_replace=2,
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        vocab_size=512,
+        max_position_embeddings=4096,
+        topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+        initializer_range=0.15,
+    )
+    DeepseekV2ForCausalLM(config).save_pretrained(path)
+    return path
+
+
 class Engine:
     """One lifetime."""
 
@@ -72,30 +130,55 @@ class Engine:
         scheduler = getattr(self.connector, "_scheduler", None)
         return scheduler.counts["loaded_tokens"] if scheduler else 0
 
-    def ask(self, prompts: Sequence[Sequence[int]], count: int = 6, salt: str | None = None) -> list[dict[str, Any]]:
-        """Answers one by one, so that each is computed alone: token ids, their log probabilities, tokens loaded."""
+    def ask(
+        self,
+        prompts: Sequence[Sequence[int]],
+        count: int = 6,
+        salt: str | None = None,
+        tell: dict[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Answers one by one, so that each is computed alone: token ids, their log probabilities, tokens loaded.
+
+        `tell` is what the requests say to the cache (`kv_transfer_params`)."""
         answers = []
         for prompt in prompts:
             before = self.loaded
             started = time.perf_counter()
-            (answer,) = self.batch([prompt], count, salt)
+            (answer,) = self.batch([prompt], count, salt, tell)
             answers.append({**answer, "loaded": self.loaded - before, "seconds": time.perf_counter() - started})
         return answers
 
-    def batch(self, prompts: Sequence[Sequence[int]], count: int, salt: str | None = None) -> list[dict[str, Any]]:
+    def batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        count: int,
+        salt: str | None = None,
+        tell: dict[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
         """Answers of requests that run together."""
+        extra = {"kv_transfer_params": tell} if tell else None
         inputs = [{"prompt_token_ids": list(p)} | ({"cache_salt": salt} if salt else {}) for p in prompts]
-        params = self._params(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, logprobs=0)
-        outputs = [request.outputs[0] for request in self.llm.generate(inputs, params, use_tqdm=False)]
+        params = self._params(
+            temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, logprobs=0, extra_args=extra
+        )
+        requests = self.llm.generate(inputs, params, use_tqdm=False)
         return [
             {
                 "tokens": list(output.token_ids),
                 "logprobs": [
                     step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)
                 ],
+                "told": request.kv_transfer_params,
             }
-            for output in outputs
+            for request in requests
+            for output in request.outputs
         ]
+
+    def connector_of_worker(self) -> Any:
+        """The worker's half."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()
 
     def books(self) -> dict[str, Any]:
         """Flush, check that nothing is held, and return the counters."""
@@ -129,7 +212,11 @@ def engine(model: Path, work: Path, *, cache: bool = True, load: str = "auto", *
             "kv_connector_module_path": "lmcache_core.adapters.vllm",
             "kv_role": "kv_both",
             "kv_load_failure_policy": options.pop("policy", "recompute"),
-            "kv_connector_extra_config": {"config": {"chunk_tokens": CHUNK, "tiers": tiers}, "load": load},
+            "kv_connector_extra_config": {
+                "config": {"chunk_tokens": CHUNK, "tiers": tiers},
+                "load": load,
+                "layerwise": options.pop("layerwise", False),
+            },
         }
     settings = {
         "dtype": "float32",
@@ -208,7 +295,62 @@ def tiny(work: Path) -> dict[str, Any]:
             found[name] = e.ask(prompts)
             found[name + "_books"] = e.books()
     found |= _crowded(model, work / "crowd")
+    found["told"] = _told(model, work / "told")
+    found["hybrid"] = _kind(hybrid_model(work / "hybrid"), work / "hybrid_kv")
+    found["mla"] = _kind(mla_model(work / "mla"), work / "mla_kv", dtype="bfloat16")
     found |= _bypassed(work)
+    return found
+
+
+ALONE = {"lmcache.skip_read": True, "lmcache.skip_write": True}
+"""What a request says that is to be computed as without a cache."""
+
+
+def _kind(model: Path, disk: Path, **options: Any) -> dict[str, Any]:
+    """A model whose KV is of another kind: computed alone, cold, from memory, and from disk."""
+    random = Random(3)
+    document = random.choices(range(3, 512), k=1400)
+    prompts = [document[:1024], document, document[:1100] + random.choices(range(3, 512), k=90)]
+    with engine(model, disk, **options) as e:
+        found: dict[str, Any] = {"alone": e.ask(prompts, tell=ALONE)}
+        found |= {"cold": e.ask(prompts), "warm": e.ask(prompts)}
+        e.books()
+        e.connector._scheduler.pipeline.clear("dram")
+        found["disk"] = e.ask(prompts)
+        found["books"] = e.books()
+    return found
+
+
+def _told(model: Path, disk: Path) -> dict[str, Any]:
+    """What requests, metrics and KV events say; and copies layer by layer."""
+    random = Random(9)
+    prompt = random.choices(range(3, 512), k=600)
+    events = {"enable_kv_cache_events": True, "publisher": "null"}
+    with engine(model, disk, layerwise=True, kv_events_config=events, disable_log_stats=False) as e:
+        published: list[Any] = []
+        e.core.scheduler.kv_event_publisher.publish = lambda batch: published.extend(batch.events)
+        waits = _count(e.connector_of_worker()._worker, "wait_layer")
+        found: dict[str, Any] = {"alone": e.ask([prompt], tell=ALONE)}
+        found["cold"] = e.ask([prompt], tell={"lmcache.report": True, "lmcache.ttl_s": 5, "other": 1})
+        found["warm"] = e.ask([prompt], tell={"lmcache.pin_s": 60})
+        found["silent"] = e.ask([prompt])
+        e.ask([prompt[:20]])
+        found["pinned"] = e.connector._scheduler.pipeline.stats()["tiers"]["dram"]["pinned"]
+        found["waits"] = waits[0]
+        kinds = [(type(event).__name__, event.medium) for event in published if hasattr(event, "medium")]
+        found["events"] = [kind for kind, medium in kinds if medium == "CPU"]
+        hashes = {name for event in published if event.medium == "GPU" for name in getattr(event, "block_hashes", ())}
+        found["hashes_known"] = all(
+            name in hashes for event in published if event.medium == "CPU" for name in event.block_hashes
+        )
+        found["metrics"] = {
+            metric.name
+            + ("." + label if (label := metric.labels.get("tier") or metric.labels.get("reason")) else ""): metric.value
+            for metric in e.llm.get_metrics()
+            if "lmcache" in metric.name
+        }
+        e.connector.reset_cache()
+        e.books()
     return found
 
 
@@ -313,11 +455,22 @@ def real(model: Path, work: Path) -> dict[str, Any]:
     return found
 
 
+def two(work: Path) -> dict[str, Any]:
+    """Two workers, each with half of the heads (tensor parallel) or of the layers (pipeline parallel)."""
+    model = tiny_model(work / "model")
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    found = {}
+    for kind in ("tensor", "pipeline"):
+        options = {f"{kind}_parallel_size": 2, "distributed_executor_backend": "mp"}
+        found[kind] = _kind(model, work / "kv", **options)
+    return found
+
+
 def main(arguments: Sequence[str]) -> None:
     work = Path(arguments[0])
     work.mkdir(parents=True, exist_ok=True)
     run: Callable[[], dict[str, Any]] = lambda: (  # noqa: E731
-        tiny(work) if arguments[1] == "tiny" else real(Path(arguments[1]), work / "kv")
+        {"tiny": tiny, "two": two}.get(arguments[1], lambda work: real(Path(arguments[1]), work / "kv"))(work)
     )
     print("\n" + json.dumps(run()))
 

@@ -1,4 +1,4 @@
-"""What SGLang's hierarchical cache lacks on a CPU. Python loads this in every process that has the directory on its path.
+"""What the hierarchical cache lacks on a CPU. Python loads it in every process that has this directory on its path.
 
 SGLang moves KV between its device pool and its host pool with CUDA kernels. On a CPU both are ordinary memory, so the
 three copies of its `direct` mode are a few lines of tensor indexing. Host memory is not pinned, and less of it is kept
