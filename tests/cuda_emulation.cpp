@@ -1,6 +1,9 @@
 // The kernels' arithmetic, compiled for the host: threads and warps are loops. Built by the tests with any C++17
 // compiler, so that everything of a kernel but its launch is tested where there is no GPU.
+#include <algorithm>
+
 #include "../csrc/cuda/pages.h"
+#include "codec_emulation.h"
 
 using namespace lmc_cuda;
 
@@ -62,4 +65,19 @@ extern "C" float emulate_load(int32_t dtype, uint32_t bits) {
 }
 extern "C" uint32_t emulate_store(int32_t dtype, float value) {
     return dtype == LMC_BF16 ? Bf16::store(value) : Fp16::store(value);
+}
+
+static Shape shape_of(const int32_t *n) {
+    return {n[0], static_cast<uint32_t>(n[1]), static_cast<uint32_t>(n[2]), static_cast<uint32_t>(n[3]),
+            static_cast<uint32_t>(n[4])};
+}
+
+extern "C" int32_t emulate_decode(const uint8_t *blob, uint64_t length, const int32_t *shape, uint64_t tables,
+                                  uint8_t *out) {
+    return decode(blob, length, shape_of(shape), tables, out);
+}
+extern "C" int64_t emulate_encode(const uint8_t *chunk, const int32_t *shape, uint64_t tables, const uint8_t *modes,
+                                  const int16_t *offsets, int32_t n_raw, uint32_t tile_tokens, uint8_t level,
+                                  uint8_t *out) {
+    return encode(chunk, shape_of(shape), tables, modes, offsets, n_raw, tile_tokens, level, out);
 }

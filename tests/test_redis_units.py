@@ -101,12 +101,14 @@ def test_a_wrong_password_is_told_at_start_up(tmp_path: Path) -> None:
 # -- layout in the server ----------------------------------------------------------------------------------------
 @given(st.integers(0, 1 << 40), st.integers(1, 1 << 28))
 def test_pieces_cover_an_object_once(nbytes: int, part_bytes: int) -> None:
-    head = Head.plan(b"generatn", nbytes, max(part_bytes, nbytes // 1000 + 1))
+    part_bytes = max(part_bytes, nbytes // 1000 + 200)
+    head = Head.plan(b"generatn", nbytes, part_bytes)
     assert Head.unpack(head.pack()) == head
     end = 0
     for number in range(head.count + 1):
         span = head.span(number)
-        assert span.start == end and span.stop - span.start <= 1.5 * max(part_bytes, nbytes // 1000 + 1)
+        # What the server allocates must not be rounded up to the next size.
+        assert span.start == end and span.stop - span.start + (0 if number else HEAD_BYTES) <= part_bytes - 32
         end = span.stop
     assert end == nbytes
 
@@ -133,7 +135,7 @@ def test_a_head_cannot_ask_for_a_list_that_fills_memory() -> None:
 def test_names() -> None:
     names = Names("lmcache:")
     key = key_of(1)
-    head = Head.plan(bytes(8), 3 << 20, 1 << 20)
+    head = Head.plan(bytes(8), 5 << 19, 1 << 20)
     name = names.head(key)
     tag = b"{" + key.hex().encode() + b"}"
     assert name == b"lmcache:o:" + tag and names.key(name) == key

@@ -31,10 +31,10 @@ constexpr int32_t SYMBOLS = all_symbols();
 // Lossy models first, then lossless ones. A coded symbol is numbered from 0 in its model: lossy ones are shifted by S.
 struct Models {
     uint32_t fc[SYMBOLS];         // freq | shift of its reciprocal << 12 | cumulative frequency << 16
-    uint32_t multiplier[SYMBOLS];  // of division by freq, as in numbers.h
+    uint32_t multiplier[SYMBOLS];  // of a division by freq, as in numbers.h
     uint16_t first[MODELS + 1];
     uint16_t support[MODELS];  // S, or N
-    uint16_t variance[LOSSY - 1], mean[LOSSLESS - 2];
+    uint32_t variance[LOSSY - 1], mean[LOSSLESS - 2];
 };
 
 constexpr Models make_models() {
@@ -57,8 +57,8 @@ constexpr Models make_models() {
         at += numbers_of(m, at);
     }
     out.first[MODELS] = static_cast<uint16_t>(symbol);
-    for (int32_t i = 0; i < LOSSY - 1; ++i) out.variance[i] = static_cast<uint16_t>(NUMBERS[at++]);
-    for (int32_t i = 0; i < LOSSLESS - 2; ++i) out.mean[i] = static_cast<uint16_t>(NUMBERS[at++]);
+    for (int32_t i = 0; i < LOSSY - 1; ++i) out.variance[i] = static_cast<uint32_t>(NUMBERS[at++]);
+    for (int32_t i = 0; i < LOSSLESS - 2; ++i) out.mean[i] = static_cast<uint32_t>(NUMBERS[at++]);
     return out;
 }
 
@@ -122,11 +122,27 @@ LMC_HD bool header_fits(const Header &h, const Shape &shape, uint64_t tables, ui
            h.n_raw <= shape.tokens;
 }
 
+LMC_HD Header header_of(const Shape &shape, uint32_t level, uint32_t tile_tokens, uint32_t n_raw, uint32_t total,
+                        uint64_t tables) {
+    return {MAGIC, 1, static_cast<uint8_t>(shape.dtype), static_cast<uint8_t>(level), static_cast<uint8_t>(shape.planes),
+            static_cast<uint16_t>(shape.layers), static_cast<uint16_t>(shape.tokens), shape.channels,
+            static_cast<uint16_t>(tile_tokens), static_cast<uint8_t>(n_raw), 0, total, tables, 0, 0, {0, 0, 0}, 0};
+}
+
+// Where a row begins and ends in a blob of `total` bytes; false where the row table cannot be.
+LMC_HD bool row_span(const uint32_t *ends, const Shape &shape, uint32_t number, uint32_t total, uint32_t &start,
+                     uint32_t &end) {
+    start = number ? ends[number - 1] : shape.rows_at();
+    end = ends[number];
+    return start >= shape.rows_at() && start % 16 == 0 && end % 16 == 0 && start < end && end <= total &&
+           ends[shape.rows() - 1] == total;
+}
+
 // A row that was found valid: its sections as offsets in the blob.
 struct Row {
     uint32_t mode, end;  // end 0: not valid, leave it alone
     int32_t code, base;
-    uint32_t n_raw, coded, tile_tokens;
+    uint32_t n_raw, coded, tile_tokens, tile_count;
     uint32_t raw, side, record, table, tiles;  // of the raw tokens, ..., of the tile_end table, of the first tile
 };
 
@@ -141,7 +157,7 @@ LMC_HD bool open_row(const uint8_t *blob, const Shape &shape, const Header &h, u
                      uint32_t end, Row &row) {
     RowHeader head;
     memcpy(&head, blob + start, sizeof head);
-    row = {head.mode, end, head.code, head.base, h.n_raw, shape.tokens - h.n_raw, h.tile_tokens, start + 16, 0, 0, 0, 0};
+    row = {head.mode, end, head.code, head.base, h.n_raw, shape.tokens - h.n_raw, h.tile_tokens, 0, start + 16, 0, 0, 0, 0};
     const bool quantised = head.mode == ANCHORED || head.mode == PER_TOKEN;
     if (head.row != number || head.mode > EXACT || head.reserved || (head.code && head.mode != ANCHORED) ||
         (head.base && !quantised) || head.base < LEAST_BASE || head.base > MOST_BASE) {
@@ -155,9 +171,10 @@ LMC_HD bool open_row(const uint8_t *blob, const Shape &shape, const Header &h, u
     if (!row.coded) return false;
     const uint32_t width = shape.groups() * GROUP;
     const uint32_t ranges = (row.coded + row.tile_tokens - 1) / row.tile_tokens;
+    row.tile_count = ranges * shape.groups();
     const uint32_t sizes[4] = {row.n_raw * shape.channels * shape.item(),
                                head.mode == ANCHORED ? 2 * width : head.mode == PER_TOKEN ? row.coded : width, width,
-                               4 * ranges * shape.groups()};
+                               4 * row.tile_count};
     uint32_t at[4], next = row.raw;
     for (int i = 0; i < 4; ++i) {
         at[i] = next;
@@ -170,6 +187,16 @@ LMC_HD bool open_row(const uint8_t *blob, const Shape &shape, const Header &h, u
     row.table = at[3];
     row.tiles = next;
     return true;
+}
+
+// Where a tile begins and ends in the blob.
+LMC_HD bool tile_span(const Row &row, const uint32_t *ends, uint32_t tile, uint32_t &start, uint32_t &end) {
+    const uint32_t origin = row.raw - 16;
+    start = tile ? origin + ends[tile - 1] : row.tiles;
+    end = origin + ends[tile];
+    // What is added to the origin may wrap around: then it is not between the first tile and the end.
+    return start >= row.tiles && start <= row.end && end <= row.end && start + 128 <= end && start % 16 == 0 &&
+           end % 16 == 0 && (tile + 1 < row.tile_count || end == row.end);
 }
 
 // -- elements --

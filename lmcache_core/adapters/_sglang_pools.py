@@ -145,18 +145,10 @@ class StridedPages:
         )
 
     def gather(self, indices: Any, addresses: NDArray[np.int64]) -> None:
-        self._copier.gather(self._pages(indices), addresses)
+        self._copier.gather(_page_numbers(indices, self.tokens), addresses)
 
     def scatter(self, indices: Any, addresses: NDArray[np.int64]) -> None:
-        self._copier.scatter(self._pages(indices), addresses)
-
-    def _pages(self, indices: Any) -> NDArray[np.int64]:
-        """Page numbers. Raise `ValueError` for tokens that are not whole pages."""
-        slots = np.asarray(indices, dtype=np.int64).reshape(-1, self.tokens)
-        pages = slots[:, 0] // self.tokens
-        if pages.size and ((pages * self.tokens)[:, None] + np.arange(self.tokens) != slots).any():
-            raise ValueError(f"the host indices are not whole pages of {self.tokens} tokens")
-        return pages
+        self._copier.scatter(_page_numbers(indices, self.tokens), addresses)
 
     def to_flat(self, chunk: memoryview, flat: Any) -> None:
         """A chunk into a flat page, a tensor in the order of the pool's `get_data_page(index, flat=True)`."""
@@ -190,7 +182,8 @@ class StridedPages:
             self.scatter(indices, address)
             expected = np.empty_like(slot)
             self._as_chunk(expected)[...] = self._canonical(slot.data)
-            same = np.array_equal(_bytes_of(pool.get_data_page(last, flat=True)), expected)
+            flat = pool.get_data_page(last, flat=True)
+            same = np.array_equal(_bytes_of(flat), expected)
             slot[:] = 0
             self.gather(indices, address)
             same = same and np.array_equal(slot, pattern)
@@ -200,6 +193,61 @@ class StridedPages:
             raise Unsupported(
                 f"copying a page of layout {pool.layout} did not give the bytes that SGLang finds there: not known"
             )
+
+
+class DevicePages:
+    """Pages of the engine's own K and V, `[slot, head, dim]` for each layer, on any device, as canonical chunks."""
+
+    def __init__(self, pool: Any, page_size: int) -> None:
+        self._planes = [list(pool.k_buffer), list(pool.v_buffer)]
+        first = self._planes[0][0]
+        dtype = str(first.dtype).removeprefix("torch.")
+        strange = [
+            tuple(tensor.shape)
+            for tensor in (*self._planes[0], *self._planes[1])
+            if tensor.shape != first.shape or tensor.dtype != first.dtype or not tensor.is_contiguous()
+        ]
+        if strange or first.ndim != 3 or len(self._planes[0]) != len(self._planes[1]) or dtype not in DTYPE_BYTES:
+            raise Unsupported(f"KV of shapes {strange or tuple(first.shape)} and {dtype} is not [slot, head, dim]")
+        if getattr(pool, "kv_cache_layout", "nhd") != "nhd":
+            raise Unsupported(f"KV of layout {pool.kv_cache_layout} is not supported")
+        slots, heads, dim = first.shape
+        self.tokens = page_size
+        layers = len(self._planes[0])
+        self.layout = KVLayout("lknhd", dtype, layers, 2, heads, dim, page_size, block_tokens=page_size)
+        self._copier: PagedKV | None = None
+        if first.device.type == "cpu":
+            bases = [[tensor.data_ptr() for tensor in plane] for plane in self._planes]
+            self._copier = PagedKV(bases, PageGeometry.nhd(self.layout), slots // page_size, owner=self._planes)
+
+    def gather(self, indices: Any, addresses: NDArray[np.int64]) -> None:
+        if self._copier is not None:
+            self._copier.gather(_page_numbers(indices.cpu(), self.tokens), addresses)
+            return
+        import torch
+
+        stacked = torch.stack([torch.stack([layer[indices] for layer in plane]) for plane in self._planes])
+        # [plane, layer, page, token, head, dim] -> [page, layer, plane, token, head, dim]
+        chunks = stacked.unflatten(2, (-1, self.tokens)).transpose(0, 2).contiguous().cpu()
+        for chunk, address in zip(chunks, addresses.tolist(), strict=True):
+            np.copyto(_at(address, self.layout.chunk_bytes), _bytes_of(chunk))
+
+    def scatter(self, indices: Any, addresses: NDArray[np.int64]) -> None:
+        if self._copier is not None:
+            self._copier.scatter(_page_numbers(indices.cpu(), self.tokens), addresses)
+            return
+        import torch
+
+        first = self._planes[0][0]
+        shape = (len(self._planes[0]), 2, self.tokens, *first.shape[1:])
+        chunks = torch.empty((len(addresses), *shape), dtype=first.dtype)
+        for chunk, address in zip(chunks, addresses.tolist(), strict=True):
+            np.copyto(_bytes_of(chunk), _at(address, self.layout.chunk_bytes))
+        # The copy waits for its end, so that slots may change hands afterwards.
+        stacked = chunks.to(first.device).transpose(0, 2).flatten(2, 3)
+        for plane, layers in zip(self._planes, stacked, strict=True):
+            for tensor, layer in zip(plane, layers, strict=True):
+                tensor.index_copy_(0, indices.to(first.device), layer)
 
 
 class PointerPages:
@@ -246,6 +294,15 @@ class PointerPages:
                 address += size
 
 
+def _page_numbers(indices: Any, tokens: int) -> NDArray[np.int64]:
+    """Pages by the places of their tokens. Raise `ValueError` for tokens that are not whole pages."""
+    slots = np.asarray(indices, dtype=np.int64).reshape(-1, tokens)
+    pages = slots[:, 0] // tokens
+    if ((pages * tokens)[:, None] + np.arange(tokens) != slots).any():
+        raise ValueError(f"the indices are not whole pages of {tokens} tokens")
+    return pages
+
+
 def _at(address: int, nbytes: int) -> NDArray[np.uint8]:
     return np.frombuffer(_native.view_at(address, nbytes), np.uint8)
 
@@ -257,7 +314,7 @@ def _first_page(tokens: int) -> Any:
 
 
 def _bytes_of(flat: Any) -> NDArray[np.uint8]:
-    """A flat page's bytes, not copied. Raise `ValueError` for a tensor that is not one run of memory on this host."""
+    """A flat page's bytes, neither copied nor kept alive. Raise `ValueError` unless they are one run of host memory."""
     if flat.device.type != "cpu" or not flat.is_contiguous():
         raise ValueError("a flat page must be contiguous and in host memory")
     return _at(flat.data_ptr(), flat.numel() * flat.element_size())

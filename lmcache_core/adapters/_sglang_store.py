@@ -7,9 +7,11 @@ key. It says nothing of the model, so that the identity stands in front of it. N
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmcache_core.adapters._sglang_pools import HostPages, StridedPages
 from lmcache_core.build import build
@@ -17,13 +19,33 @@ from lmcache_core.config import PipelineConfig
 from lmcache_core.errors import ConfigError, Problem
 from lmcache_core.identity import Identity
 from lmcache_core.types import CHAIN_BYTES, ChunkKey, MissReason
+from lmcache_core.units import format_bytes
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Admit = Callable[["PageStore"], Identity]
-"""The identity of a store's pages."""
+logger = logging.getLogger("sglang.srt.lmcache_core")  # below SGLang's own, whose handlers and level apply
+
+T = TypeVar("T")
+
+
+class Errors:
+    """Turns defects of ours into misses: none may fail the engine's requests."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        """By what failed."""
+
+    def safely(self, what: str, call: Callable[[], T], otherwise: T) -> T:
+        """`call()`, or `otherwise` for any trouble."""
+        try:
+            return call()
+        except Exception:
+            self.counts[what] += 1
+            if self.counts[what] == 1:
+                logger.exception("lmcache-core: %s failed and was taken for a miss; further ones are counted", what)
+            return otherwise
 
 
 class PageStore:
@@ -66,6 +88,16 @@ class PageStore:
             )
         self._prefix = admitted.prefix
         return admitted
+
+    def __str__(self) -> str:
+        """What is stored, where, and how much fits."""
+        pipeline, layout = self.pipeline, self.pages.layout
+        tiers = [f"{pipeline.memory_name} {pipeline.slots.count} pages"]
+        for tier in pipeline.tiers:
+            room = "no limit" if tier.capacity is None else format_bytes(tier.capacity)
+            tiers.append(f"{tier.name} {room} (write {tier.write_mode})")
+        size = format_bytes(layout.chunk_bytes)
+        return f"{layout.packing or 'canonical'}, pages of {self.pages.tokens} tokens, {size} each: {'; '.join(tiers)}"
 
     def keys(self, hashes: Sequence[str]) -> list[ChunkKey]:
         """Keys of pages by SGLang's hashes."""

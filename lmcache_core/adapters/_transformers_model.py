@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lmcache_core import _native, canonical
 from lmcache_core.errors import Unsupported
@@ -24,7 +24,6 @@ _SAMPLES = 1024
 class Bypass(enum.StrEnum):
     """Why a call was passed through uncached."""
 
-    BATCH = "batch"
     OWN_CACHE = "own_cache"
     INPUTS = "inputs"
     PADDING = "padding"
@@ -47,18 +46,22 @@ class Geometry:
     num_layers: int
     kv_heads: int
     head_dim: int
+    """Elements of one head of K."""
     dtype: torch.dtype
     device: torch.device
+    value_dim: int
+    """Elements of one head of V."""
 
     def layout(self, chunk_tokens: int) -> KVLayout:
-        """The canonical chunk layout."""
+        """The canonical chunk layout; one plane with K and V of each head side by side where they differ in size."""
+        alike = self.head_dim == self.value_dim
         return KVLayout(
             order="lknhd",
             dtype=str(self.dtype).removeprefix("torch."),
             num_layers=self.num_layers,
-            planes=2,
+            planes=2 if alike else 1,
             kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
+            head_dim=self.head_dim if alike else self.head_dim + self.value_dim,
             chunk_tokens=chunk_tokens,
             block_tokens=chunk_tokens,
         )
@@ -74,27 +77,41 @@ def probe(model: PreTrainedModel) -> Geometry:
     """
     _check_kind(model)
     cache = DynamicCache(config=model.config)
-    device = model.device
+    for layer in cache.layers:
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            if not hasattr(layer, "record_past"):
+                raise Unsupported(
+                    "sliding windows need a newer Transformers: this one cannot keep what leaves the window"
+                )
+            layer.record_past = True
     with torch.no_grad(), _evaluating(model):
-        model(input_ids=torch.tensor([[1, 2], [1, 3]], device=device), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.tensor([[1, 2], [1, 3]], device=model.device), past_key_values=cache, use_cache=True)
     layers = cache.layers
-    if not layers or any(type(layer) is not DynamicLayer or not layer.is_initialized for layer in layers):
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    if not layers or any(type(layer) not in known or not layer.is_initialized for layer in layers):
         kinds = sorted({type(layer).__name__ for layer in layers}) or ["none"]
-        raise Unsupported(f"cache layers of kind {', '.join(kinds)}: only full attention in every layer can be reused")
-    shapes = {(tuple(t.shape), t.dtype, t.device) for layer in layers for t in (layer.keys, layer.values)}
-    if len(shapes) > 1:
-        raise Unsupported(f"K and V differ in shape, type or device between planes or layers: {_some(shapes)}")
-    (shape, dtype, where), *_ = shapes
-    if str(dtype).removeprefix("torch.") not in DTYPE_BYTES:
-        raise Unsupported(f"KV of type {dtype} is not supported")
-    if len(shape) != 4 or shape[0] != 2 or shape[2] != 2:
-        raise Unsupported(f"KV of shape {shape} for two prompts of two tokens; expected [2, heads, 2, dim]")
+        raise Unsupported(f"cache layers of kind {', '.join(kinds)}: only attention in every layer can be reused")
+    keys, values = ({(tuple(t.shape), t.dtype, t.device) for t in plane} for plane in _planes(layers))
+    if len(keys) > 1 or len(values) > 1:
+        raise Unsupported(f"K or V differ in shape, type or device between layers: {_some(keys | values)}")
+    (shape, dtype, where), *_ = keys
+    (value_shape, *rest), *_ = values
+    if str(dtype).removeprefix("torch.") not in DTYPE_BYTES or rest != [dtype, where]:
+        raise Unsupported(f"KV of type {dtype} and {rest[0]} is not supported")
+    if len(shape) != 4 or shape[0] != 2 or shape[2] != 2 or value_shape[:3] != shape[:3]:
+        raise Unsupported(
+            f"KV of shape {shape}, {value_shape} for two prompts of two tokens; expected [2, heads, 2, dim]"
+        )
     # A token that came later must not change KV that came earlier (two rows differ in their second token only).
-    for layer in layers:
-        for plane in (layer.keys, layer.values):
-            if not torch.allclose(plane[0, :, 0].float(), plane[1, :, 0].float(), rtol=1e-2, atol=1e-3):
+    for plane in _planes(layers):
+        for tensor in plane:
+            if not torch.allclose(tensor[0, :, 0].float(), tensor[1, :, 0].float(), rtol=1e-2, atol=1e-3):
                 raise Unsupported("attention is not causal: KV of a prefix depends on what follows it")
-    return Geometry(len(layers), shape[1], shape[3], dtype, where)
+    return Geometry(len(layers), shape[1], shape[3], dtype, where, value_shape[3])
+
+
+def _planes(layers: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    return [layer.keys for layer in layers], [layer.values for layer in layers]
 
 
 def _check_kind(model: PreTrainedModel) -> None:
@@ -230,7 +247,8 @@ def state_refusal(model: Any) -> Bypass | None:
         if module.training:
             return Bypass.TRAINING
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            # Transformers' own hooks only record outputs.
-            if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks.values()):
+            # Transformers' own hooks only record outputs, the adapter's measures.
+            own = ("transformers.", "lmcache_core.")
+            if any(not getattr(hook, "__module__", "").startswith(own) for hook in hooks.values()):
                 return Bypass.HOOKS
     return Bypass.ADAPTER if _has_adapter(model) else None

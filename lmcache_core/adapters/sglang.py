@@ -12,23 +12,19 @@ whose pages cannot be stored safely runs as if nothing were ever stored, and say
 
 from __future__ import annotations
 
-import logging
 import threading
 import uuid
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolHitPolicy, PoolTransferResult
 
 from lmcache_core.adapters import _sglang_engine as engine
 from lmcache_core.adapters._sglang_pools import describe
-from lmcache_core.adapters._sglang_store import PageStore
+from lmcache_core.adapters._sglang_store import Errors, PageStore, logger
 from lmcache_core.errors import Unsupported
 from lmcache_core.units import format_bytes
-
-logger = logging.getLogger("sglang.srt.lmcache_core")  # below SGLang's own, whose handlers and level apply
 
 KV = "kv"
 CLOSE_S = 10.0
@@ -37,8 +33,6 @@ SMALL_PAGE = 64 << 10
 """Pages of fewer bytes are mostly overhead."""
 NOT_OURS = ("backend_name", "module_path", "class_name", "interface_v1", "hicache_storage_pass_prefix_keys")
 """Entries of the extra config that SGLang reads itself."""
-
-T = TypeVar("T")
 
 
 class LMCacheCoreStorage(HiCacheStorage):
@@ -61,8 +55,7 @@ class LMCacheCoreStorage(HiCacheStorage):
             name: engine.load_config(source, self._ranks)
             for name, source in {KV: self._settings.config, **self._settings.pools}.items()
         }
-        self.counts: Counter[str] = Counter()
-        """`errors.<method>`: defects that were turned into misses."""
+        self.errors = Errors()
         self._stores: dict[str, PageStore] = {}
         self._pools: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -96,16 +89,8 @@ class LMCacheCoreStorage(HiCacheStorage):
             logger.warning("lmcache-core: pool %s is not stored: %s", name, error)
             return
         self._stores[name] = store
-        pipeline = store.pipeline
-        tiers = [f"{pipeline.memory_name} {pipeline.slots.count} pages"]
-        for tier in pipeline.tiers:
-            room = "no limit" if tier.capacity is None else format_bytes(tier.capacity)
-            tiers.append(f"{tier.name} {room} (write {tier.write_mode})")
+        logger.info("lmcache-core: storing pool %s (%s): %s", name, pool.layout, store)
         size = pages.layout.chunk_bytes
-        logger.info(
-            "lmcache-core: storing pool %s (%s, %s) in pages of %d tokens, %s each: %s",
-            name, pool.layout, pages.layout.packing or "canonical", pages.tokens, format_bytes(size), "; ".join(tiers),
-        )  # fmt: skip
         if name == KV and size < SMALL_PAGE:
             logger.warning("lmcache-core: pages of %s are slow to store; use --page-size 64", format_bytes(size))
 
@@ -129,20 +114,9 @@ class LMCacheCoreStorage(HiCacheStorage):
         old = self._old_pages
         if old is not None:
             if self._pools[KV].mem_state is old:
-                self.counts["old_weights"] += 1
                 return None
             self._old_pages = None
         return store
-
-    def _safely(self, what: str, call: Callable[[], T], otherwise: T) -> T:
-        """`call()`, or `otherwise` for any trouble: a defect of ours must not fail the engine's requests."""
-        try:
-            return call()
-        except Exception:
-            self.counts[f"errors.{what}"] += 1
-            if self.counts[f"errors.{what}"] == 1:
-                logger.exception("lmcache-core: %s failed and was taken for a miss; further ones are counted", what)
-            return otherwise
 
     # -- v1: host indices of the KV pool ---------------------------------------------------------------------
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
@@ -152,15 +126,15 @@ class LMCacheCoreStorage(HiCacheStorage):
             store = self._store()
             return store.leading(keys) if store is not None else 0
 
-        return self._safely("batch_exists", ask, 0)
+        return self.errors.safely("batch_exists", ask, 0)
 
     def batch_get_v1(self, keys: list[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
         """Copy stored pages into the host pool, up to the first that is missing; whether each was."""
-        return self._safely("batch_get_v1", lambda: self._load(KV, keys, host_indices), [False] * len(keys))
+        return self.errors.safely("batch_get_v1", lambda: self._load(KV, keys, host_indices), [False] * len(keys))
 
     def batch_set_v1(self, keys: list[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
         """Store pages of the host pool; whether each is stored now."""
-        return self._safely("batch_set_v1", lambda: self._save(KV, keys, host_indices), [False] * len(keys))
+        return self.errors.safely("batch_set_v1", lambda: self._save(KV, keys, host_indices), [False] * len(keys))
 
     def _load(self, name: str, keys: Sequence[str], indices: Any) -> list[bool]:
         store = self._store(name)
@@ -175,7 +149,7 @@ class LMCacheCoreStorage(HiCacheStorage):
         self, keys: list[str], pool_transfers: list[Any] | None = None, extra_info: Any = None
     ) -> PoolTransferResult:
         """How many pages from the first on are stored with everything that other pools must have for them."""
-        return self._safely(
+        return self.errors.safely(
             "batch_exists_v2", lambda: self._restorable(keys, pool_transfers or ()), PoolTransferResult.empty()
         )
 
@@ -217,7 +191,7 @@ class LMCacheCoreStorage(HiCacheStorage):
         for transfer in transfers:
             keys = transfer.keys or []
             call = partial(move, str(transfer.name), keys, transfer.host_indices)
-            done[transfer.name] = self._safely(what, call, [False] * len(keys)) if keys else []
+            done[transfer.name] = self.errors.safely(what, call, [False] * len(keys)) if keys else []
         return done
 
     # -- legacy: flat pages ----------------------------------------------------------------------------------
@@ -240,7 +214,7 @@ class LMCacheCoreStorage(HiCacheStorage):
             found = store.load_flat(keys, targets)
             return [target if here else None for target, here in zip(targets, found, strict=True)]
 
-        return self._safely("batch_get", read, [None] * len(keys))
+        return self.errors.safely("batch_get", read, [None] * len(keys))
 
     def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
         """Store a flat page; whether it is stored now."""
@@ -255,7 +229,7 @@ class LMCacheCoreStorage(HiCacheStorage):
             store = self._writable()
             return store is not None and all(store.save_flat(keys, values))
 
-        return self._safely("batch_set", write, False)
+        return self.errors.safely("batch_set", write, False)
 
     # -- life ------------------------------------------------------------------------------------------------
     def clear(self) -> bool:
@@ -268,10 +242,10 @@ class LMCacheCoreStorage(HiCacheStorage):
                     store.clear(self._epoch)
             return True
 
-        return self._safely("clear", forget, False)
+        return self.errors.safely("clear", forget, False)
 
     def close(self) -> None:
         """Write down what must be kept, then close."""
         stores, self._stores = self._stores, {}
         for store in stores.values():
-            self._safely("close", partial(store.pipeline.close, CLOSE_S), None)
+            self.errors.safely("close", partial(store.pipeline.close, CLOSE_S), None)

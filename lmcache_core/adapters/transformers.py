@@ -1,11 +1,13 @@
 """Hugging Face Transformers: `attach(model)` makes `model.generate()` reuse KV across calls, processes and restarts.
 
-`generate` is wrapped on the instance. For a prompt of one sequence, the longest stored prefix is loaded into a fresh
-`DynamicCache`, `generate` computes the rest, and the new whole chunks (prompt and answer) are stored. What the caller
-passes and gets back is untouched. A call that cannot be served exactly is passed through uncached, with a counted
-reason; a model that cannot be served exactly is refused by `attach`.
+`generate` is wrapped on the instance. The longest stored prefix of the prompt is loaded into an empty cache, `generate`
+computes the rest, and the new whole chunks (prompt and answer) are stored. What the caller passes and gets back is
+untouched. A call that cannot be served exactly is passed through uncached, with a counted reason; a model that cannot
+be served exactly is refused by `attach`.
 
-Bytes move between `[layer][plane][token][head][dim]` chunks and the cache's `[1, head, token, dim]` tensors.
+A batch has one number of columns in its cache, and a row's tokens begin after its padding. So all rows reuse as many
+columns as the row with the fewest: the least of padding + stored prefix. Positions count from a row's first token, as
+`generate` makes them from the mask, which makes a row's KV the KV of its sequence alone.
 """
 
 from __future__ import annotations
@@ -17,30 +19,29 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from lmcache_core.adapters._transformers_cache import Mover, Row, new_cache, record, synchronize, unrecord, usable
 from lmcache_core.adapters._transformers_model import Bypass, Geometry, Guard, probe, state_refusal
 from lmcache_core.build import build
 from lmcache_core.config import PipelineConfig, load
-from lmcache_core.copies import PagedKV, PageGeometry
 from lmcache_core.errors import Unsupported
 from lmcache_core.identity import Identity
 from lmcache_core.keys import TokenChain
-from lmcache_core.pipeline import Lease, Pipeline, Reservation
+from lmcache_core.pipeline import Pipeline
 from lmcache_core.types import COMPUTED
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 _OUTPUTS = ("output_attentions", "output_hidden_states")
 """Options that return something for every prompt token, also for those that would not be computed."""
 
+MEASURED_TOKENS = 128
+"""A prefill of fewer tokens says nothing about the speed of long ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -76,7 +80,7 @@ class Call:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     sources: tuple[str, ...] = ()
-    """For each whole chunk of the prompt the tier that served it, or `COMPUTED`."""
+    """For each whole chunk of the prompt the tier that served it, or `COMPUTED`; of a batch, row by row."""
     miss: str | None = None
     """Why the first chunk that was looked up and not served is missing, a `MissReason`; None when all were served."""
     stored_chunks: int = 0
@@ -122,12 +126,6 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
-def _synchronize(device: torch.device) -> None:
-    """Wait for this thread's copies from and to the device: slots may change hands afterwards."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-
-
 class _Generate:
     """What stands in for `model.generate` while a handle is attached."""
 
@@ -159,8 +157,7 @@ class Handle:
         self.model = model
         self.pipeline = pipeline
         self.geometry = geometry
-        self.paged = geometry.device.type == "cpu"
-        """Copy straight between slots and the cache's tensors; otherwise through the device, a chunk at a time."""
+        self.mover = Mover(geometry, pipeline.layout)
         self.tenant = tenant
         """Whose the next calls are, where the configuration has `tenancy`; without one they are not cached."""
         self.last = Call()
@@ -168,15 +165,19 @@ class Handle:
         self.counts: Counter[str] = Counter()
         """`calls`, `bypass.<reason>`, `miss.<reason>`, `prompt_tokens`, `reused_tokens`, `stored_chunks`, `errors`."""
         self._lock = threading.Lock()
+        self._static_tokens = 0
         self._guard = Guard(model)
         self._home = (model.device, model.dtype)
         self._salt = salt
         self._tokenizer_digest = tokenizer_digest
         self.original = model.generate
         self._signature = inspect.signature(self.original)
+        self._positions = "position_ids" in inspect.signature(model.forward).parameters
+        """Whether positions can count from the first token that is no padding."""
         self._known = {
             "input_ids",
             "attention_mask",
+            "past_key_values",
             "tokenizer",
             *vars(GenerationConfig()),
             *self._signature.parameters,
@@ -232,14 +233,37 @@ class Handle:
         if isinstance(prepared, Bypass):
             self._count(Call(bypass=prepared))
             return self.original(*args, **kwargs)
-        chain, cache, call = prepared
+        rows, cache, call, trailing = prepared
         call = replace(call, load_s=perf_counter() - begun)
-        result = self.original(*args, past_key_values=cache, **kwargs)
+        if kwargs.get("cache_implementation") is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
+        with self._measured(call):
+            result = self.original(*args, **{**kwargs, "past_key_values": cache})
         begun = perf_counter()
         sequences = result if isinstance(result, torch.Tensor) else result.sequences
-        stored = self._store(chain, cache, sequences[0])
+        stored = self._store(rows, cache, sequences, trailing)
         self._count(replace(call, stored_chunks=stored, store_s=perf_counter() - begun))
         return result
+
+    @contextmanager
+    def _measured(self, call: Call) -> Iterator[None]:
+        """Time the first forward pass of this thread, a prefill without reuse, where the cost rule wants to know."""
+        if not self.pipeline.recompute.measure or call.reused_tokens or call.prompt_tokens < MEASURED_TOKENS:
+            yield
+            return
+        begun, me = perf_counter(), threading.get_ident()
+
+        def first(*_: object) -> None:
+            if threading.get_ident() == me:
+                hook.remove()
+                synchronize(self.geometry.device)
+                self.pipeline.note_prefill(call.prompt_tokens, perf_counter() - begun)
+
+        hook = self.model.register_forward_hook(first)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _count(self, call: Call) -> None:
         with self._lock:
@@ -253,44 +277,68 @@ class Handle:
             self.counts["reused_tokens"] += call.reused_tokens
             self.counts["stored_chunks"] += call.stored_chunks
 
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[TokenChain, Any, Call] | Bypass:
+    def _prepare(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[Row], Any, Call, int | None] | Bypass:
         """Load what is stored of the prompt, or say why not. Trouble with the cache is a bypass, never an error."""
         try:
             bound = self._signature.bind(*args, **kwargs).arguments
         except TypeError:
             return Bypass.INPUTS  # `generate` itself says what is wrong
         arguments = {**bound.pop("kwargs", {}), **bound}
+        own = arguments.get("past_key_values")
         try:
-            refusal = self._refusal(arguments)
+            option = self._options(arguments)
+            ids: Any = arguments["inputs"] if arguments.get("inputs") is not None else arguments.get("input_ids")
+            refusal = self._refusal(arguments, ids, option)
             if refusal is not None:
                 return refusal
-            ids = arguments["inputs"] if arguments.get("inputs") is not None else arguments["input_ids"]
-            return self._load(ids[0].cpu().numpy())
+            pads = self._padding(ids, arguments.get("attention_mask"), option)
+            cache = self._cache(own, ids.shape[1], arguments, option)
+            if isinstance(pads, Bypass) or isinstance(cache, Bypass):
+                return pads if isinstance(pads, Bypass) else cache
+            loaded = self._load(ids, pads, cache)
         except Exception:
             logger.warning("the KV cache could not be read; the call is computed without it", exc_info=True)
             self.counts["errors"] += 1
             return Bypass.ERROR
+        if isinstance(loaded, Bypass):
+            return loaded
+        eos, pad = option("eos_token_id"), option("pad_token_id")
+        trailing = pad if pad is not None else eos[0] if isinstance(eos, list | tuple) else eos
+        return *loaded, None if len(ids) == 1 else trailing
 
-    def _refusal(self, arguments: dict[str, Any]) -> Bypass | None:
-        """Why this call cannot be served exactly, or None."""
+    def _options(self, arguments: dict[str, Any]) -> Callable[[str], Any]:
+        """What `generate` will take an option to be."""
         given = arguments.get("generation_config")
         defaults = [vars(config) for config in (given, self.model.generation_config) if config is not None]
+        return lambda name: next((o[name] for o in (arguments, *defaults) if o.get(name) is not None), None)
 
-        def option(name: str) -> Any:
-            return next((o[name] for o in (arguments, *defaults) if o.get(name) is not None), None)
+    def _cache(self, own: Any, columns: int, arguments: dict[str, Any], option: Callable[[str], Any]) -> Any | Bypass:
+        """The empty cache to fill: the caller's own, or one as `generate` would make it."""
+        if own is not None:
+            return usable(own, self.geometry, columns)
+        kind = arguments.get("cache_implementation")
+        # Where it is not an argument, it cannot be taken back. "hybrid" in a model's defaults is as good as none.
+        default = self._options({"generation_config": arguments.get("generation_config")})("cache_implementation")
+        if default not in (None, "hybrid") or kind not in (None, "dynamic", "static"):
+            return Bypass.CACHE_KIND
+        if kind != "static":
+            return new_cache(self.geometry, self.model.config)
+        new, limit = option("max_new_tokens"), option("max_length")
+        if new is None and limit is None:
+            return Bypass.CACHE_KIND
+        # Never shorter than before: a compiled model is compiled again for every length.
+        self._static_tokens = max(self._static_tokens, columns + new if new is not None else limit)
+        return new_cache(self.geometry, self.model.config, self._static_tokens)
 
-        if arguments.get("past_key_values") is not None:
-            return Bypass.OWN_CACHE
-        ids = arguments["inputs"] if arguments.get("inputs") is not None else arguments.get("input_ids")
+    def _refusal(self, arguments: dict[str, Any], ids: Any, option: Callable[[str], Any]) -> Bypass | None:
+        """Why this call cannot be served exactly, or None."""
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
             return Bypass.INPUTS
         if any(value is not None for name, value in arguments.items() if name not in self._known):
             return Bypass.INPUTS
-        if ids.shape[0] != 1:
-            return Bypass.BATCH
-        if self._padded(ids, arguments.get("attention_mask"), option):
-            return Bypass.PADDING
-        if option("use_cache") is False or option("cache_implementation") not in (None, "dynamic"):
+        if option("use_cache") is False:
             return Bypass.CACHE_KIND
         if any(option(name) not in plain for name, plain in _PLAIN.items()):
             return Bypass.DECODING
@@ -302,109 +350,82 @@ class Handle:
             return Bypass.MOVED
         return state_refusal(self.model)
 
-    @staticmethod
-    def _padded(ids: torch.Tensor, mask: Any, option: Callable[[str], Any]) -> bool:
-        """Whether some prompt tokens are masked out, by the caller or by the rule with which `generate` infers it."""
-        if mask is not None:
-            return not isinstance(mask, torch.Tensor) or mask.shape != ids.shape or not bool((mask == 1).all())
-        pad, eos = option("pad_token_id"), option("eos_token_id")
-        if pad is None or pad in (eos if isinstance(eos, list | tuple) else [eos]):
-            return False
-        return bool((ids == pad).any())
+    def _padding(self, ids: torch.Tensor, mask: Any, option: Callable[[str], Any]) -> list[int] | Bypass:
+        """Columns of padding before each row, by the caller's mask or the one `generate` infers. Any other padding is
+        refused: `generate` itself continues such rows after the padding."""
+        if mask is None:
+            pad, eos = option("pad_token_id"), option("eos_token_id")
+            if pad is None or pad in (eos if isinstance(eos, list | tuple) else [eos]):
+                return [0] * len(ids)
+            mask = ids != pad
+        if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
+            return Bypass.PADDING
+        pads: list[int] = (mask == 0).sum(dim=1).tolist()
+        columns = torch.arange(ids.shape[1], device=mask.device)
+        left = bool(((columns >= torch.tensor(pads, device=mask.device)[:, None]) == (mask == 1)).all())
+        if not left or max(pads) == ids.shape[1] or (any(pads) and not self._positions):
+            return Bypass.PADDING
+        return pads
 
-    def _load(self, ids: NDArray[np.int64]) -> tuple[TokenChain, Any, Call] | Bypass:
-        """A cache that holds the longest stored prefix of the prompt, at least one token short of it."""
+    def _load(self, ids: torch.Tensor, pads: list[int], cache: Any) -> tuple[list[Row], Any, Call] | Bypass:
+        """Fill the cache with the longest stored prefix that all rows have, at least one token short of each."""
         identity = self.pipeline.tenant_identity(self.identity(), self.tenant)
         if identity is None:
             return Bypass.TENANT
-        chain = TokenChain(identity)
-        chain.extend(ids)
-        cache = DynamicCache(config=self.model.config)
-        usable = (len(ids) - 1) // chain.chunk_tokens
-        if usable == 0:
-            return chain, cache, Call(prompt_tokens=len(ids), sources=(COMPUTED,) * len(chain.keys))
-        with self.pipeline.retrieve(chain.keys[:usable]) as lease:
-            if len(lease):
-                self._fill(cache, lease)
-            call = Call(
-                prompt_tokens=len(ids),
-                reused_tokens=len(lease) * chain.chunk_tokens,
-                sources=(*lease.sources, *[COMPUTED] * (len(chain.keys) - len(lease))),
-                miss=lease.reason,
-            )
-        return chain, cache, call
+        record(cache)
+        rows: list[Row] = []
+        for tokens, pad in zip(ids.cpu().numpy(), pads, strict=True):
+            rows.append(Row(TokenChain(identity), pad))
+            rows[-1].chain.extend(tokens[pad:])
+        size, lengths = self.pipeline.layout.chunk_tokens, [ids.shape[1] - pad for pad in pads]
+        wanted = [row.chain.keys[: (length - 1) // size] for row, length in zip(rows, lengths, strict=True)]
+        # If one row must be computed from its beginning, what is stored of the others is of no use.
+        if not all(row.pad or keys for row, keys in zip(rows, wanted, strict=True)):
+            wanted = []
+        with ExitStack() as held:
+            transfers = [self.pipeline.fetch(keys) for keys in wanted]
+            for transfer in transfers:
+                held.callback(transfer.cancel)
+            leases = [held.enter_context(transfer.result()) for transfer in transfers]
+            columns = min((row.pad + len(lease) * size for row, lease in zip(rows, leases, strict=False)), default=0)
+            reused = [max(0, columns - pad) for pad in pads]
+            if any(reused):
+                self.mover.fill(cache, rows, leases, columns)
+            sources: list[str] = []
+            for i, row in enumerate(rows):
+                served = leases[i].sources[: -(-reused[i] // size)] if reused[i] else []
+                sources += [*served, *[COMPUTED] * (len(row.chain.keys) - len(served))]
+            miss = next((lease.reason for lease in leases if lease.reason is not None), None)
+        return (
+            rows,
+            cache,
+            Call(prompt_tokens=sum(lengths), reused_tokens=sum(reused), sources=tuple(sources), miss=miss),
+        )
 
-    def _store(self, chain: TokenChain, cache: Any, sequence: torch.Tensor) -> int:
-        """Store the whole chunks of prompt and answer that are not stored yet. Trouble is counted, never raised."""
+    def _store(self, rows: Sequence[Row], cache: Any, sequences: torch.Tensor, trailing: int | None) -> int:
+        """Store the whole chunks of prompts and answers that are not stored yet. Trouble is counted, never raised.
+
+        `trailing`: the token that `generate` appends to rows which ended early.
+        """
         try:
-            tokens = cache.get_seq_length()
-            layers = cache.layers
-            self._check_cache(layers, tokens, len(sequence))
+            columns = self.mover.tokens(cache, len(sequences))
+            if columns > sequences.shape[1]:
+                raise Unsupported(f"`generate` left {columns} tokens of KV for {sequences.shape[1]} tokens")
             if not self._guard.holds():
                 raise Unsupported("the weights changed during the call")
-            done = len(chain.keys) * chain.chunk_tokens
-            chain.extend(sequence[done:tokens].cpu().numpy())
-            return self.pipeline.store(chain.keys, lambda room: self._save(layers, room))
+            stored = 0
+            for r, row in enumerate(rows):
+                tokens = sequences[r, row.pad : columns].cpu().numpy()
+                done = len(row.chain.keys) * row.chain.chunk_tokens
+                if trailing is not None:
+                    ended = np.flatnonzero(tokens[done:] != trailing)
+                    tokens = tokens[: done + (int(ended[-1]) + 1 if ended.size else 0)]
+                row.chain.extend(tokens[done:])
+                stored += self.pipeline.store(row.chain.keys, partial(self.mover.save, cache, r, row.pad))
+            return stored
         except Exception:
             logger.warning("the KV of a call could not be stored", exc_info=True)
             self.counts["errors"] += 1
             return 0
-
-    def _check_cache(self, layers: Sequence[Any], tokens: int, sequence_tokens: int) -> None:
-        """Raise `Unsupported` unless the cache is the one this handle's layout describes."""
-        g = self.geometry
-        want = ((1, g.kv_heads, tokens, g.head_dim), g.dtype, g.device)
-        found = {(tuple(t.shape), t.dtype, t.device) for layer in layers for t in (layer.keys, layer.values)}
-        if found != {want} or len(layers) != g.num_layers or tokens > sequence_tokens:
-            raise Unsupported(
-                f"`generate` left {len(layers)} layers of KV {found} for {sequence_tokens} tokens; "
-                f"expected {g.num_layers} layers of {want}"
-            )
-
-    # -- bytes -------------------------------------------------------------------------------------------------
-    def _fill(self, cache: Any, lease: Lease) -> None:
-        """Chunks of a lease -> new tensors in the cache's layers."""
-        g, size = self.geometry, self.pipeline.layout.chunk_tokens
-        shape = (1, g.kv_heads, len(lease) * size, g.head_dim)
-        if self.paged:
-            planes = [[torch.empty(shape, dtype=g.dtype) for _ in range(2)] for _ in range(g.num_layers)]
-            self._pages(planes).scatter(np.arange(len(lease)), lease.addresses)
-        else:
-            whole = torch.empty((g.num_layers, 2, *shape), dtype=g.dtype, device=g.device)
-            for i in range(len(lease)):
-                staged = self._chunk(lease.view(i)).to(g.device, non_blocking=True)
-                whole[:, :, 0, :, i * size : (i + 1) * size].copy_(staged.transpose(2, 3))
-            _synchronize(g.device)
-            planes = [[whole[i, 0], whole[i, 1]] for i in range(g.num_layers)]
-        for layer, (keys, values) in zip(cache.layers, planes, strict=True):
-            layer.dtype, layer.device = g.dtype, g.device
-            layer.keys, layer.values = keys, values
-            layer.is_initialized = True
-
-    def _save(self, layers: Sequence[Any], room: Reservation) -> None:
-        """The cache's layers -> reserved slots."""
-        g, size = self.geometry, self.pipeline.layout.chunk_tokens
-        if self.paged:
-            planes = [[layer.keys.contiguous(), layer.values.contiguous()] for layer in layers]
-            self._pages(planes).gather(room.positions, room.addresses)
-            return
-        for i, position in enumerate(room.positions):
-            part = slice(position * size, (position + 1) * size)
-            stacked = torch.stack([torch.stack((x.keys[0, :, part], x.values[0, :, part])) for x in layers])
-            self._chunk(room.view(i)).copy_(stacked.transpose(2, 3), non_blocking=True)
-        _synchronize(g.device)
-
-    def _chunk(self, view: memoryview) -> torch.Tensor:
-        """A slot's payload as `[layer, plane, token, head, dim]`."""
-        g = self.geometry
-        flat = torch.frombuffer(view, dtype=g.dtype)
-        return flat.view(g.num_layers, 2, self.pipeline.layout.chunk_tokens, g.kv_heads, g.head_dim)
-
-    def _pages(self, planes: Sequence[Sequence[torch.Tensor]]) -> PagedKV:
-        """K and V of every layer, contiguous `[1, head, token, dim]` on this host, as pages of one chunk each."""
-        layout = self.pipeline.layout
-        length = planes[0][0].shape[2]
-        bases = [[layer[plane].data_ptr() for layer in planes] for plane in range(2)]
-        geometry = PageGeometry.sequence(layout, length)
-        threads = torch.get_num_threads()
-        return PagedKV(bases, geometry, length // layout.chunk_tokens, threads=threads, owner=planes)
+        finally:
+            unrecord(cache)

@@ -91,7 +91,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4, "sliding_window": None},
     "GPT2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 1024},
     "GPTNeoX": {},
-}
+    # Windows shorter than the document, in every layer or in some of them.
+    "Mistral": {"sliding_window": 24},
+    "Gemma2": {"sliding_window": 24},
+    "Gemma3Text": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    # Latent attention: Transformers keeps K and V of every head, in two sizes.
+    "DeepseekV3": {
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16,
+        "num_key_value_heads": 4, "head_dim": 8, "first_k_dense_replace": 1,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -121,9 +132,9 @@ def test_loaded_bytes_are_the_stored_bytes(dtype: Any, load_paged: bool, save_pa
     model = tiny(dtype=dtype)
     ids = prompt(4 * CHUNK + 5)
     with attach(model, config()) as handle:
-        handle.paged = save_paged
+        handle.mover.paged = save_paged
         cold = model.generate(ids, do_sample=False, max_new_tokens=2, return_dict_in_generate=True).past_key_values
-        handle.paged = load_paged
+        handle.mover.paged = load_paged
         warm = model.generate(ids, do_sample=False, max_new_tokens=2, return_dict_in_generate=True).past_key_values
         assert handle.last.reused_tokens == 4 * CHUNK
     for a, b in zip(cold.layers, warm.layers, strict=True):
@@ -255,9 +266,9 @@ BYPASSES: dict[str, tuple[Bypass, dict[str, Any]]] = {
     "prompt lookup": (Bypass.DECODING, {"prompt_lookup_num_tokens": 2, "eos_token_id": 2}),
     "chunked prefill": (Bypass.DECODING, {"prefill_chunk_size": 8}),
     "no cache": (Bypass.CACHE_KIND, {"use_cache": False}),
-    "static cache": (Bypass.CACHE_KIND, {"cache_implementation": "static"}),
+    "offloaded cache": (Bypass.CACHE_KIND, {"cache_implementation": "offloaded"}),
     "hidden states": (Bypass.OUTPUTS, {"output_hidden_states": True, "return_dict_in_generate": True}),
-    "a mask of another length": (Bypass.PADDING, {"attention_mask": None}),
+    "a masked token": (Bypass.PADDING, {"attention_mask": None}),
     "unknown inputs": (Bypass.INPUTS, {"position_ids": torch.arange(3 * CHUNK + 2)[None]}),
 }
 
@@ -267,9 +278,9 @@ def test_calls_that_cannot_be_served_exactly_pass_through(case: str, model: Any,
     reason, options = BYPASSES[case]
     ids = prompt(3 * CHUNK + 2)
     options = {"do_sample": False, "max_new_tokens": 3, **options}
-    if case == "a mask of another length":
+    if case == "a masked token":
         mask = torch.ones_like(ids)
-        mask[0, :4] = 0
+        mask[0, 4] = 0
         options["attention_mask"] = mask
     model.generate(ids, max_new_tokens=1, do_sample=False)
     stored = handle.counts["stored_chunks"]
@@ -285,30 +296,12 @@ def test_calls_that_cannot_be_served_exactly_pass_through(case: str, model: Any,
     assert handle.counts["stored_chunks"] == stored
 
 
-def test_batches_pass_through(model: Any, handle: Handle) -> None:
-    ids = torch.cat([prompt(2 * CHUNK + 1), prompt(2 * CHUNK + 1, seed=2)])
-    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
-    assert torch.equal(model.generate(ids, **options), handle.original(ids, **options))
-    assert handle.last.bypass is Bypass.BATCH
-    assert handle.counts["stored_chunks"] == 0
-
-
 def test_embeddings_pass_through(model: Any, handle: Handle) -> None:
     embeds = model.get_input_embeddings()(prompt(2 * CHUNK))
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
     out = model.generate(inputs_embeds=embeds, **options)
     assert handle.last.bypass is Bypass.INPUTS
     assert torch.equal(out, handle.original(inputs_embeds=embeds, **options))
-
-
-def test_padding_that_generate_infers_passes_through(model: Any, handle: Handle) -> None:
-    ids = prompt(2 * CHUNK)
-    ids[0, :3] = 0
-    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(model.generate(ids, **options), handle.original(ids, **options))
-    assert handle.last.bypass is Bypass.PADDING
-    model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    assert handle.last.bypass is None
 
 
 def test_defaults_of_the_model_count(model: Any, handle: Handle) -> None:
@@ -497,14 +490,6 @@ def _multimodal() -> Any:
     return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(vision_config=vision, text_config=text))
 
 
-def _latent() -> Any:
-    return tiny(
-        "DeepseekV3", q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
-        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
-        num_key_value_heads=4, head_dim=8,
-    )  # fmt: skip
-
-
 def _adapted() -> Any:
     model = tiny()
     model.model.layers[0].self_attn.q_proj = FakeTuner(model.model.layers[0].self_attn.q_proj)
@@ -530,9 +515,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "encoder-decoder": (_encoder_decoder, "encoder-decoder"),
     "state space": (_mamba, "layers of kind|DynamicCache"),
     "multimodal": (_multimodal, "multimodal"),
-    "sliding window": (lambda: tiny("Mistral", sliding_window=32), "DynamicSlidingWindowLayer"),
-    "hybrid": (lambda: tiny("Gemma2", sliding_window=32), "DynamicSlidingWindowLayer"),
-    "K wider than V": (_latent, "differ in shape"),
     "dynamic rope": (
         lambda: tiny(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}),
         "rope type 'dynamic'",
@@ -602,7 +584,7 @@ def test_a_copied_model_starts_without_a_handle(model: Any, handle: Handle) -> N
     assert not torch.equal(out, model.generate(ids, max_new_tokens=3, do_sample=False))
 
 
-@pytest.mark.parametrize("method", ["retrieve", "store", "close"])
+@pytest.mark.parametrize("method", ["fetch", "store", "close"])
 def test_a_failing_cache_only_costs_recomputation(
     method: str, model: Any, handle: Handle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -619,6 +601,245 @@ def test_a_failing_cache_only_costs_recomputation(
     assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), plain)
     assert handle.counts["errors"] == 1
     assert handle.last.bypass is (None if method == "store" else Bypass.ERROR)
+
+
+# -- batches -------------------------------------------------------------------------------------------------------
+def batch(*rows: Any) -> dict[str, Any]:
+    """Left-padded rows and their mask."""
+    width = max(row.shape[1] for row in rows)
+    pads = [width - row.shape[1] for row in rows]
+    ids = torch.cat([torch.nn.functional.pad(row, (pad, 0)) for row, pad in zip(rows, pads, strict=True)])
+    mask = torch.cat([torch.cat((torch.zeros(1, p), torch.ones(1, width - p)), dim=1) for p in pads]).long()
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def answers(generate: Any, inputs: dict[str, Any], new: int = 6, **more: Any) -> list[list[int]]:
+    out = generate(**inputs, do_sample=False, max_new_tokens=new, **{"pad_token_id": 0, **more})
+    tokens: list[list[int]] = out[:, inputs["input_ids"].shape[1] :].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Mistral", "Gemma2", "DeepseekV3"])
+@pytest.mark.parametrize("paged", [True, False])
+def test_batches_reuse_what_every_row_has(kind: str, paged: bool) -> None:
+    model = tiny(kind, **ARCHITECTURES[kind])
+    document = prompt(4 * CHUNK)
+    a, b = (torch.cat([document, prompt(n, seed=n)], dim=1) for n in (9, 21))
+    short, other = prompt(CHUNK + 4, seed=5), prompt(3 * CHUNK + 7, seed=6)
+    with attach(model, config()) as handle:
+        if not paged:
+            handle.mover.paged = False
+
+        def ask(*rows: Any) -> tuple[int, tuple[str, ...]]:
+            inputs = batch(*rows)
+            assert answers(model.generate, inputs) == answers(handle.original, inputs)
+            assert handle.last.bypass is None and handle.counts["errors"] == 0
+            assert handle.last.prompt_tokens == sum(row.shape[1] for row in rows)
+            return handle.last.reused_tokens, handle.last.sources
+
+        assert ask(a, b)[0] == 0
+        # `b` is 12 longer than `a`, whose 12 columns of padding come first: 64 + 12 columns, of `b` 76 tokens.
+        reused, sources = ask(a, b)
+        assert reused == 4 * CHUNK + 4 * CHUNK + 12
+        assert sources == ("dram",) * 4 + ("dram",) * 5
+        # What the batch stored serves single prompts, and the other way round.
+        assert ask(b) == (5 * CHUNK, ("dram",) * 5)
+        assert ask(a, other)[0] == 0
+        assert ask(other)[0] == 3 * CHUNK
+        # `short` ends its padding after the last column that `a` has stored: it is computed whole.
+        assert ask(a, b, other, short)[0] > 0
+        assert ask(short, short, short)[0] == 3 * CHUNK
+        handle.pipeline.check()
+
+
+def test_rows_that_end_early_are_stored_to_their_end(model: Any, handle: Handle) -> None:
+    """What `generate` fills up with is no part of an answer."""
+    rows = [prompt(2 * CHUNK + 2, seed=seed) for seed in (1, 2)]
+    plain = answers(handle.original, batch(*rows), new=40)
+    stop = plain[0][3]
+    inputs = batch(*rows)
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=40, eos_token_id=stop, pad_token_id=0)
+    assert out[0, 2 * CHUNK + 2 :].tolist()[:5] == [*plain[0][:4], 0]
+    lengths = [int((row != 0).sum()) if 0 in row else len(row) - 1 for row in out]
+    assert handle.last.stored_chunks == sum(length // CHUNK for length in lengths)
+    for row, length in zip(out, lengths, strict=True):
+        longer = torch.cat([row[None, :length], prompt(CHUNK, seed=8)], dim=1)
+        assert torch.equal(
+            model.generate(longer, do_sample=False, max_new_tokens=4),
+            handle.original(longer, do_sample=False, max_new_tokens=4),
+        )
+        assert handle.last.reused_tokens == length // CHUNK * CHUNK
+
+
+def test_a_prompt_with_padding_in_front_is_the_prompt(model: Any, handle: Handle) -> None:
+    ids = prompt(3 * CHUNK + 5)
+    model.generate(ids, do_sample=False, max_new_tokens=1)
+    padded = batch(ids, prompt(3 * CHUNK + 12))
+    one = {name: tensor[:1] for name, tensor in padded.items()}
+    assert answers(model.generate, one) == answers(handle.original, one)
+    assert handle.last.reused_tokens == 3 * CHUNK
+    # The mask that `generate` infers from the padding token.
+    inferred = {"input_ids": one["input_ids"]}
+    assert answers(model.generate, inferred) == answers(handle.original, inferred)
+    assert handle.last.reused_tokens == 3 * CHUNK
+
+
+def test_padding_behind_or_between_passes_through(model: Any, handle: Handle) -> None:
+    ids = prompt(2 * CHUNK)
+    for masked in (slice(-3, None), slice(5, 7), slice(None)):
+        mask = torch.ones_like(ids)
+        mask[0, masked] = 0
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        assert answers(model.generate, inputs) == answers(handle.original, inputs)
+        assert handle.last.bypass is Bypass.PADDING
+    assert handle.counts["stored_chunks"] == 0
+
+
+def test_padding_of_a_model_that_counts_columns_passes_through() -> None:
+    model = tiny("Bloom", n_layer=2, n_head=4)
+    with attach(model, config()) as handle:
+        rows = [prompt(2 * CHUNK + 2), prompt(2 * CHUNK + 2, seed=2)]
+        for reused in (0, 4 * CHUNK):
+            assert answers(model.generate, batch(*rows)) == answers(handle.original, batch(*rows))
+            assert (handle.last.bypass, handle.last.reused_tokens) == (None, reused)
+        model.generate(**batch(*rows, prompt(3 * CHUNK)), max_new_tokens=1)
+        assert handle.last.bypass is Bypass.PADDING
+
+
+def test_a_batch_that_memory_cannot_hold_is_computed(model: Any) -> None:
+    rows = [prompt(4 * CHUNK + 1, seed=seed) for seed in range(4)]
+    with attach(model, config(dram="240KiB")) as handle:
+        for _ in range(3):
+            assert answers(model.generate, batch(*rows)) == answers(handle.original, batch(*rows))
+            handle.pipeline.check(idle=True)
+        assert handle.counts["errors"] == 0
+
+
+# -- other caches --------------------------------------------------------------------------------------------------
+def test_static_caches_are_filled_and_stored(model: Any, handle: Handle) -> None:
+    ids = prompt(3 * CHUNK + 2)
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5}
+    plain = handle.original(ids, cache_implementation="static", **options)
+    for reused in (0, 3 * CHUNK):
+        assert torch.equal(model.generate(ids, cache_implementation="static", **options), plain)
+        assert (handle.last.bypass, handle.last.reused_tokens) == (None, reused)
+    assert torch.equal(model.generate(ids, cache_implementation="dynamic", **options), plain)
+    assert handle.last.reused_tokens == 3 * CHUNK, "one store for both kinds"
+
+    own = transformers.StaticCache(config=model.config, max_cache_len=80)
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, past_key_values=own, **options), plain)
+        assert (handle.last.bypass, handle.last.reused_tokens) == (None, 3 * CHUNK)
+        assert int(own.get_seq_length()) == ids.shape[1] + 4
+        own.reset()
+    rows = batch(ids, prompt(2 * CHUNK + 7, seed=3))
+    for _ in range(2):
+        static = answers(model.generate, rows, cache_implementation="static")
+        assert static == answers(handle.original, rows, cache_implementation="static")
+        assert handle.last.bypass is None
+    assert handle.last.reused_tokens > 4 * CHUNK
+    assert handle.counts["errors"] == 0
+
+
+def test_a_callers_empty_cache_is_filled_and_a_used_one_is_not(model: Any, handle: Handle) -> None:
+    ids = prompt(3 * CHUNK + 2)
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 3}
+    plain = handle.original(ids, **options)
+    model.generate(ids, **options)
+    own = transformers.DynamicCache(config=model.config)
+    assert torch.equal(model.generate(ids, past_key_values=own, **options), plain)
+    assert handle.last.reused_tokens == 3 * CHUNK
+    longer = torch.cat([plain, prompt(4, seed=3)], dim=1)
+    assert torch.equal(model.generate(longer, past_key_values=own, **options), handle.original(longer, **options))
+    assert handle.last.bypass is Bypass.OWN_CACHE
+    too_small = transformers.StaticCache(config=model.config, max_cache_len=10)
+    with pytest.raises(IndexError):
+        model.generate(ids, past_key_values=too_small, **options)
+    assert handle.last.bypass is Bypass.OWN_CACHE
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_a_callers_cache_is_left_empty_when_reading_fails(
+    static: bool, model: Any, handle: Handle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = prompt(3 * CHUNK + 2)
+    plain = handle.original(ids, do_sample=False, max_new_tokens=3)
+    model.generate(ids, do_sample=False, max_new_tokens=3)
+    own = (
+        transformers.StaticCache(config=model.config, max_cache_len=80)
+        if static
+        else transformers.DynamicCache(config=model.config)
+    )
+    last = own.layers[-1]
+    initialize = last.lazy_initialization
+
+    def fail(*args: Any) -> None:
+        monkeypatch.setattr(last, "lazy_initialization", initialize)
+        raise MemoryError
+
+    monkeypatch.setattr(last, "lazy_initialization", fail)
+    assert torch.equal(model.generate(ids, past_key_values=own, do_sample=False, max_new_tokens=3), plain)
+    assert handle.last.bypass is Bypass.ERROR
+
+
+def test_static_sliding_windows_pass_through() -> None:
+    model = tiny("Mistral", sliding_window=24)
+    ids = prompt(3 * CHUNK)
+    with attach(model, config()) as handle:
+        out = model.generate(ids, max_new_tokens=3, do_sample=False, cache_implementation="static")
+        assert handle.last.bypass is Bypass.CACHE_KIND
+        assert torch.equal(out, handle.original(ids, max_new_tokens=3, do_sample=False, cache_implementation="static"))
+
+
+def test_a_sliding_window_is_left_as_generate_leaves_it() -> None:
+    model = tiny("Mistral", sliding_window=24)
+    ids = prompt(3 * CHUNK)
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    with attach(model, config()) as handle:
+        plain = handle.original(ids, **options).past_key_values
+        for _ in range(2):
+            cache = model.generate(ids, **options).past_key_values
+            for a, b in zip(cache.layers, plain.layers, strict=True):
+                torch.testing.assert_close(a.keys, b.keys, rtol=1e-4, atol=1e-4)
+                assert (a.cumulative_length, a.record_past) == (b.cumulative_length, b.record_past)
+        assert handle.last.reused_tokens == 2 * CHUNK
+
+
+def test_a_default_of_hybrid_is_none(model: Any, handle: Handle) -> None:
+    """What Gemma's checkpoints say, and `generate` ignores."""
+    model.generation_config.cache_implementation = "hybrid"
+    model.generate(prompt(2 * CHUNK), max_new_tokens=2)
+    assert handle.last.bypass is None
+    model.generation_config.cache_implementation = "static"
+    model.generate(prompt(2 * CHUNK), max_new_tokens=2)
+    assert handle.last.bypass is Bypass.CACHE_KIND
+
+
+# -- the cost rule -------------------------------------------------------------------------------------------------
+def test_prefill_is_measured_where_the_cost_rule_wants_it(model: Any) -> None:
+    with attach(model, {**config(), "recompute": {"tokens_per_s": "measure"}}) as handle:
+        recompute = handle.pipeline.recompute
+        model.generate(prompt(100), max_new_tokens=2, do_sample=False)
+        assert recompute.seconds_per_token is None, "too short to say anything"
+        model.generate(prompt(300), max_new_tokens=30, do_sample=False)
+        first = recompute.seconds_per_token
+        assert first is not None and first > 0
+        assert not model._forward_hooks
+        model.generate(prompt(300), max_new_tokens=2, do_sample=False)
+        assert handle.last.reused_tokens == 288
+        assert recompute.seconds_per_token == first, "a call with reuse is not measured"
+    with attach(model, config()) as handle:
+        model.generate(prompt(300), max_new_tokens=2, do_sample=False)
+        assert handle.pipeline.recompute.seconds_per_token is None
+
+
+def test_a_tier_slower_than_computing_is_left_out(model: Any, tmp_path: Path) -> None:
+    ids = prompt(20 * CHUNK)
+    with attach(model, config(tmp_path)) as handle:
+        model.generate(ids, max_new_tokens=1)
+    with attach(model, {**config(tmp_path), "recompute": {"tokens_per_s": 1e12}}) as handle:
+        model.generate(ids, max_new_tokens=1)
+        assert (handle.last.reused_tokens, handle.last.miss) == (0, "cost")
 
 
 # -- disk and restart ----------------------------------------------------------------------------------------------

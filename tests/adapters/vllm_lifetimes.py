@@ -307,16 +307,26 @@ ALONE = {"lmcache.skip_read": True, "lmcache.skip_write": True}
 
 
 def _kind(model: Path, disk: Path, **options: Any) -> dict[str, Any]:
-    """A model whose KV is of another kind: computed alone, cold, from memory, and from disk."""
+    """A model or an engine of another kind: answers with what it has itself in its prefix cache, and without that,
+    with what it loads from memory and from disk."""
     random = Random(3)
     document = random.choices(range(3, 512), k=1400)
-    prompts = [document[:1024], document, document[:1100] + random.choices(range(3, 512), k=90)]
-    with engine(model, disk, **options) as e:
-        found: dict[str, Any] = {"alone": e.ask(prompts, tell=ALONE)}
-        found |= {"cold": e.ask(prompts), "warm": e.ask(prompts)}
+    # Ends in a chunk's last block, so that the engine and we have equally many blocks of each.
+    prompts = [document[:1024], document, document[:700] + random.choices(range(3, 512), k=340)]
+    with engine(model, disk, enable_prefix_caching=True, **options) as e:
+
+        def fresh(tell: dict[str, Any] | None = None, times: int = 1) -> list[dict[str, Any]]:
+            answers = []
+            for prompt in prompts:
+                e.llm.reset_prefix_cache()
+                answers.append(e.ask([prompt] * times, tell=tell)[-1])
+            return answers
+
+        found: dict[str, Any] = {"alone": fresh(ALONE), "control": fresh(ALONE, 2)}
+        found |= {"cold": fresh(), "warm": fresh()}
         e.books()
         e.connector._scheduler.pipeline.clear("dram")
-        found["disk"] = e.ask(prompts)
+        found["disk"] = fresh()
         found["books"] = e.books()
     return found
 
@@ -326,23 +336,25 @@ def _told(model: Path, disk: Path) -> dict[str, Any]:
     random = Random(9)
     prompt = random.choices(range(3, 512), k=600)
     events = {"enable_kv_cache_events": True, "publisher": "null"}
-    with engine(model, disk, layerwise=True, kv_events_config=events, disable_log_stats=False) as e:
+    options = {"enable_prefix_caching": True, "disable_log_stats": False}
+    with engine(model, disk, layerwise=True, kv_events_config=events, **options) as e:
         published: list[Any] = []
         e.core.scheduler.kv_event_publisher.publish = lambda batch: published.extend(batch.events)
         waits = _count(e.connector_of_worker()._worker, "wait_layer")
         found: dict[str, Any] = {"alone": e.ask([prompt], tell=ALONE)}
+        e.llm.reset_prefix_cache()
         found["cold"] = e.ask([prompt], tell={"lmcache.report": True, "lmcache.ttl_s": 5, "other": 1})
+        e.llm.reset_prefix_cache()
         found["warm"] = e.ask([prompt], tell={"lmcache.pin_s": 60})
+        e.llm.reset_prefix_cache()
         found["silent"] = e.ask([prompt])
         e.ask([prompt[:20]])
         found["pinned"] = e.connector._scheduler.pipeline.stats()["tiers"]["dram"]["pinned"]
         found["waits"] = waits[0]
-        kinds = [(type(event).__name__, event.medium) for event in published if hasattr(event, "medium")]
-        found["events"] = [kind for kind, medium in kinds if medium == "CPU"]
-        hashes = {name for event in published if event.medium == "GPU" for name in getattr(event, "block_hashes", ())}
-        found["hashes_known"] = all(
-            name in hashes for event in published if event.medium == "CPU" for name in event.block_hashes
-        )
+        told = {medium: [x for x in published if getattr(x, "medium", "") == medium] for medium in ("CPU", "GPU")}
+        found["events"] = [type(event).__name__ for event in told["CPU"]]
+        names = [{name for event in events for name in event.block_hashes} for events in told.values()]
+        found["hashes_known"] = bool(names[0]) and names[0] <= names[1]
         found["metrics"] = {
             metric.name
             + ("." + label if (label := metric.labels.get("tier") or metric.labels.get("reason")) else ""): metric.value
