@@ -105,6 +105,11 @@ def why_not() -> str:
     return _why_not
 
 
+def library() -> ctypes.CDLL | None:
+    """The compiled library, for bindings of other packages to what it also holds; None when it is not in use."""
+    return _library
+
+
 def simd() -> str:
     """Instruction sets in use, e.g. `avx512+sha`; `none` without the library."""
     return "none" if _library is None else _simd_name(_library.lmc_simd())

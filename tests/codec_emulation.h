@@ -25,7 +25,10 @@ static const std::vector<uint8_t> &luts() {
     return table;
 }
 
-static Coder coder() { return {luts().data(), MODELS_HERE.fc, &MODELS_HERE}; }
+static Coder coder(bool exact) {
+    const uint32_t skip = exact ? LOSSY : 0;
+    return {luts().data() + skip * SLOTS, MODELS_HERE.fc + MODELS_HERE.first[skip], &MODELS_HERE};
+}
 
 static uint64_t check_of(const uint8_t *data, uint64_t bytes, uint64_t first = 0) {
     uint64_t plain = 0, weighted = 0;
@@ -49,10 +52,11 @@ static bool decode_tile(const uint8_t *blob, const Shape &shape, const Row &row,
     const auto *ends = reinterpret_cast<const uint32_t *>(blob + row.table);
     uint32_t start, end;
     if (!tile_span(row, ends, tile, start, end)) return false;
+    const Coder models = coder(row.mode == EXACT);
     Lane lanes[LANES];
     bool good = true;
     for (uint32_t l = 0; l < LANES; ++l) {
-        good = open_lane(coder(), blob, row, group * GROUP + 2 * l, lanes[l]) && good;
+        good = open_lane(models, blob, row, group * GROUP + 2 * l, lanes[l]) && good;
         memcpy(&lanes[l].x, blob + start + 4 * l, 4);
     }
     const uint8_t *const remainder = blob + start + 128;
@@ -63,7 +67,7 @@ static bool decode_tile(const uint8_t *blob, const Shape &shape, const Row &row,
     for (uint32_t t = 0; t < m; ++t) {
         uint32_t symbols[LANES][2];
         for (uint32_t k = 0; k < 2; ++k) {
-            for (uint32_t l = 0; l < LANES; ++l) symbols[l][k] = take_symbol(lanes[l], k);
+            for (uint32_t l = 0; l < LANES; ++l) symbols[l][k] = take_symbol(models, lanes[l], k);
             for (uint32_t l = 0; l < LANES; ++l) {
                 if (lanes[l].x >= 1u << 15) continue;
                 lanes[l].x = lanes[l].x << 16 | (words < limit ? *words : 0u);
@@ -167,7 +171,7 @@ static std::vector<uint8_t> encode_tile(const Input &in, const std::vector<Chann
         Model models[LANES];
         for (uint32_t l = 0; l < LANES; ++l) {
             const uint32_t c = group * GROUP + 2 * l + k;
-            models[l] = model_of(coder(), MODELS_HERE.multiplier, channels[c], lossless);
+            models[l] = model_of(MODELS_HERE, MODELS_HERE.fc, MODELS_HERE.multiplier, channels[c], lossless);
             symbols[l] = lossless ? models[l].less - field_of(shape, in.bits(t, c))
                                   : symbol_of(models[l], in.value(t, c), inverse[t]);
             if (c >= shape.channels) symbols[l] = lossless ? 0 : static_cast<uint32_t>(-models[l].less);

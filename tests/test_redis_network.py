@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from redis_servers import build, client, configure, poll, tracked, untracked
 from lmcache_backends.redis_store import RedisConfig
 from lmcache_backends.redis_store.backend import RedisBackend
 from lmcache_backends.redis_store.rig import Server
+from lmcache_backends.redis_store.wire import Link
 from lmcache_core.config import LaneConfig
 from lmcache_core.errors import BackendError
 from lmcache_core.layout import KVLayout
@@ -52,15 +53,15 @@ def config(proxy: FaultProxy) -> RedisConfig:
     return RedisConfig(url=f"redis://127.0.0.1:{proxy.port}", track=False, part_bytes=4096)
 
 
-def small(config: RedisConfig, deadline: float = 5.0) -> RedisBackend:
+def small(config: RedisConfig, deadline: float = 5.0, spare: int = 0) -> RedisBackend:
     """A backend that cuts objects of 150 bytes into three pieces, so that every byte of an exchange can be the last."""
     backend = RedisBackend(
         config.target(),
         prefix="s:",
         ttl=None,
-        part_bytes=50,
-        connections=2,
-        spare=0,
+        part_bytes=154,
+        connections=2 + spare,
+        spare=spare,
         timeout=deadline / 2,
         deadline=deadline,
         track_keys=0,
@@ -86,8 +87,18 @@ def read(backend: RedisBackend) -> bytes | None:
     return None if got is None else bytes(buffer[:got])
 
 
+def open_three(backend: RedisBackend) -> None:
+    """Three connections, so that a put of three pieces uses one for each."""
+    (address,) = backend.servers.masters(monotonic() + 5)
+    links: list[Link] = []
+    while len(links) < 3:
+        with backend.servers.links(address, monotonic() + 5, 3) as links:
+            sleep(0.001)
+
+
 EXCHANGES: dict[str, Callable[[RedisBackend], Any]] = {
     "put": write,
+    "put on three": write,
     "get": read,
     "contains": lambda backend: backend.contains([KEY]),
     "delete": lambda backend: backend.delete([KEY]),
@@ -99,21 +110,26 @@ EXCHANGES: dict[str, Callable[[RedisBackend], Any]] = {
 def test_a_reset_at_every_byte(proxy: FaultProxy, server: Server, config: RedisConfig, name: str, way: str) -> None:
     """Whole or nothing, for the caller and for whoever reads afterwards; and the next call works."""
     straight = small(RedisConfig(url=f"redis://127.0.0.1:{server.port}"))
-    backend = small(config)
     call = EXCHANGES[name]
+    spare = 2 if name == "put on three" else 0
+    backend = small(config, spare=spare)
+    put = name.startswith("put")
+    step = 3 if spare else 1
     offset, failed = 0, 0
     try:
         while True:
-            if name != "put" or offset % 2:
+            if not put or offset % 2:
                 assert write(straight) == [None]
             else:
                 straight.delete([KEY])
+            if spare:
+                open_three(backend)
             assert backend.contains([KEY]) is not None  # a connection is open: none of the bytes go to opening one
             proxy.faults = Faults(reset_up=offset) if way == "up" else Faults(reset_down=offset)
             answer: Any = None
             try:
                 answer = call(backend)
-                broken = name == "put" and answer[0] is not None
+                broken = put and answer[0] is not None
             except BackendError:
                 broken = True
             whole = proxy.moved("up" if way == "up" else "down") < offset
@@ -125,18 +141,18 @@ def test_a_reset_at_every_byte(proxy: FaultProxy, server: Server, config: RedisC
                         assert answer == BYTES
                     case "contains":
                         assert answer == [True]
-                    case "put":
+                    case "put" | "put on three":
                         assert read(straight) == BYTES
                     case "delete":
                         assert read(straight) is None
             assert read(straight) in (BYTES, None)
             if whole:
                 break
-            offset += 1
+            offset += step
     finally:
         backend.close()
         straight.close()
-    assert failed >= offset - 24, "all but the last bytes matter"
+    assert failed * step >= offset - 24, "all but the last bytes matter"
     assert offset > {"up": 80, "down": 4}[way], f"only {offset} bytes went {way}"
     with client(server) as ask:
         heads, pieces = (list(ask.scan_iter(match=f"s:{kind}:*")) for kind in "op")
@@ -224,6 +240,46 @@ def test_calls_end_by_their_deadline(
     poll(lambda: backend.put_from(some, buffers) == [None] * 4)
     poll(lambda: backend.get_into(some, buffers) == [nbytes] * 4)
     backend.close()
+
+
+@pytest.mark.usefixtures("quick_breaker")
+def test_an_engine_waits_for_a_frozen_server_no_longer_than_it_said(pipelines: BuildPipeline, server: Server) -> None:
+    """The deadline and 5 ms, every time. What sleepers in the same process oversleep meanwhile is the machine's."""
+    deadline, chunks, others = 0.15, keys(4), keys(4, 100)
+    config = RedisConfig(url=f"redis://127.0.0.1:{server.port}", part_bytes=4096, timeout=5.0)
+    lane = LaneConfig(threads=4, deadline=deadline)
+    pipeline = pipelines(tier("redis", backend=config, lane=lane), layout=LAYOUT, slots=4)
+
+    def only_in_redis() -> bool:
+        store(pipeline, chunks)
+        store(pipeline, others)  # memory holds four
+        return pipeline.flush(10) and pipeline.lookup(chunks).sources == ["redis"] * 4
+
+    late: list[float] = []
+    overslept: list[float] = []
+
+    def sleeper() -> None:
+        start = monotonic()
+        threading.Event().wait(deadline)
+        overslept.append(monotonic() - start - deadline)
+
+    for _ in range(12):
+        poll(only_in_redis)
+        sleepers = [threading.Thread(target=sleeper) for _ in range(3)]
+        server.freeze()
+        try:
+            for thread in sleepers:
+                thread.start()
+            start = monotonic()
+            with pipeline.retrieve(chunks) as lease:
+                late.append(monotonic() - start - deadline)
+                assert len(lease) == 0
+        finally:
+            server.thaw()
+        for thread in sleepers:
+            thread.join()
+    assert max(late) > -deadline / 2, "it was waited for"
+    assert max(late) <= 0.005 + max(overslept), (sorted(late)[-3:], sorted(overslept)[-3:])
 
 
 def outcome_of(call: Callable[[], object]) -> Exception | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from redis_servers import build, client, configure, poll, tracked, untracked
 from lmcache_backends.redis_store import RedisConfig
 from lmcache_backends.redis_store.format import HEAD_BYTES, MOST_PIECES, Head, Names
 from lmcache_backends.redis_store.rig import RedisRig, Server
+from lmcache_backends.redis_store.transfer import OPEN, Writer
 from lmcache_backends.redis_store.wire import Late, Link, Lost, Push, ServerError, command
 from lmcache_core.errors import BackendUnavailable, Closed, CorruptChunk
 from lmcache_core.testing.memory import aligned
@@ -143,6 +145,47 @@ def test_names() -> None:
     assert names.exists([key, key]) == 2 * command(b"EXISTS", name)
     for other in (b"", name[:-1], name + b"x", b"x" + name, names.heads + b"g" * 64 + b"}", names.pieces(key, head)[0]):
         assert names.key(other) is None
+
+
+# -- how pieces are sent -----------------------------------------------------------------------------------------
+class Recorded:
+    """A connection that notes what is sent over it, and answers as a server would."""
+
+    where = "nowhere"
+
+    def __init__(self, number: int, sent: list[tuple[int, bytes]]) -> None:
+        self.number = number
+        self.sent = sent
+        self.answers: deque[Any] = deque()
+
+    def send(self, buffers: list[bytes | memoryview]) -> None:
+        data = b"".join(map(bytes, buffers))
+        self.sent.append((self.number, data))
+        if data.startswith(b"*1\r\n$5\r\nMULTI"):
+            pieces = data.count(b"PERSIST")
+            self.answers += [b"OK", *[b"QUEUED"] * (pieces + 2), [None, *[1] * pieces, b"OK"]]
+        elif data.startswith(b"*"):
+            self.answers.append(None if b"GETRANGE" in data else b"OK")
+
+    def reply(self) -> Any:
+        return self.answers.popleft()
+
+
+def test_a_command_goes_ahead_of_its_value_while_another_value_is_on_its_way() -> None:
+    """A server that reads a command by itself reads the value in place, and makes no copy of it."""
+    sent: list[tuple[int, bytes]] = []
+    links: Any = [Recorded(number, sent) for number in range(3)]
+    some = list(range(4))
+    chunks = [memoryview(bytes([n]) * 20_000) for n in some]
+    results: list[Any] = [OPEN] * 4
+    Writer(links, Names("p:"), 4096, None, b"1000", [key_of(n) for n in some], chunks, results).run(some)
+    assert results == [None] * 4 and not any(link.answers for link in links)
+    values = [at for at, (_, data) in enumerate(sent) if len(data) > 2000]
+    assert len(values) == 4 * 5
+    for at in values[:-2]:  # nothing goes ahead of the last piece and the last head
+        (before, start), (number, _) = sent[at - 1], sent[at]
+        assert before != number and len(start) < 2000, "another connection's command, and no value with it"
+        assert [data for lane, data in sent[:at] if lane == number][-1].endswith(b"\r\n")
 
 
 # -- the protocol ------------------------------------------------------------------------------------------------

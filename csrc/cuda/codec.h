@@ -251,11 +251,11 @@ LMC_HD void put_element(uint8_t *at, uint32_t item, uint32_t bits) {
 
 // 2^(k/8) and 2^(-k/8), as bits; times a power of two by adding to the exponent field.
 LMC_HD uint32_t step_bits(uint32_t k) {
-    const uint32_t bits[8] = {0x3f800000, 0x3f8b95c2, 0x3f9837f0, 0x3fa5fed7, 0x3fb504f3, 0x3fc5672a, 0x3fd744fd, 0x3feac0c7};
+    static constexpr uint32_t bits[8] = {0x3f800000, 0x3f8b95c2, 0x3f9837f0, 0x3fa5fed7, 0x3fb504f3, 0x3fc5672a, 0x3fd744fd, 0x3feac0c7};
     return bits[k];
 }
 LMC_HD uint32_t inverse_bits(uint32_t k) {
-    const uint32_t bits[8] = {0x3f800000, 0x3f6ac0c7, 0x3f5744fd, 0x3f45672a, 0x3f3504f3, 0x3f25fed7, 0x3f1837f0, 0x3f0b95c2};
+    static constexpr uint32_t bits[8] = {0x3f800000, 0x3f6ac0c7, 0x3f5744fd, 0x3f45672a, 0x3f3504f3, 0x3f25fed7, 0x3f1837f0, 0x3f0b95c2};
     return bits[k];
 }
 LMC_HD uint32_t step_of(int32_t code, int32_t base) {
@@ -269,15 +269,15 @@ LMC_HD uint32_t inverse_of(int32_t code, int32_t base) {
 
 struct Lane {
     uint32_t x;
-    const uint8_t *lut[2];  // symbol of each slot
-    const uint32_t *fc[2];
-    int32_t anchor[2];   // what is added to a symbol's number; of EXACT, the largest exponent field
-    uint32_t widen[2];   // shift << 23
+    uint32_t lut[2], fc[2];  // where those of the channel's model begin
+    int32_t anchor[2];       // what is added to a symbol's number; of EXACT, the largest exponent field
+    uint32_t widen[2];       // shift << 23
 };
 
+// The lossy models, or the lossless ones.
 struct Coder {
-    const uint8_t *luts;    // [MODELS][SLOTS]
-    const uint32_t *fc;     // Models::fc
+    const uint8_t *luts;  // [model][SLOTS]: symbol of each slot
+    const uint32_t *fc;
     const Models *models;
 };
 
@@ -290,8 +290,10 @@ LMC_HD bool open_lane(const Coder &coder, const uint8_t *blob, const Row &row, u
         known = known && model < most && (row.mode != EXACT || record < 64);
         if (model >= most) model = 0;
         lane.widen[k] = record >> 6 << 23;
+        lane.lut[k] = model * SLOTS;
+        const uint32_t origin = row.mode == EXACT ? LOSSY : 0;
+        lane.fc[k] = coder.models->first[origin + model] - coder.models->first[origin];
         if (row.mode == EXACT) {
-            model += LOSSY;
             lane.anchor[k] = blob[row.side + channel + k];
         } else {
             lane.anchor[k] = -static_cast<int32_t>(coder.models->support[model]);
@@ -299,14 +301,13 @@ LMC_HD bool open_lane(const Coder &coder, const uint8_t *blob, const Row &row, u
                 lane.anchor[k] += reinterpret_cast<const int16_t *>(blob + row.side)[channel + k];
             }
         }
-        lane.lut[k] = coder.luts + model * SLOTS;
-        lane.fc[k] = coder.fc + coder.models->first[model];
     }
     return known;
 }
 
-LMC_HD uint32_t take_symbol(Lane &lane, uint32_t k) {
-    const uint32_t slot = lane.x & (SLOTS - 1), symbol = lane.lut[k][slot], f = lane.fc[k][symbol];
+LMC_HD uint32_t take_symbol(const Coder &coder, Lane &lane, uint32_t k) {
+    const uint32_t slot = lane.x & (SLOTS - 1), symbol = coder.luts[lane.lut[k] + slot];
+    const uint32_t f = coder.fc[lane.fc[k] + symbol];
     lane.x = (f & 0xfff) * (lane.x >> 11) + slot - (f >> 16);
     return symbol;
 }

@@ -135,9 +135,11 @@ struct Model {
     uint32_t narrow;  // shift << 23, taken off the inverse step
 };
 
-LMC_HD Model model_of(const Coder &coder, const uint32_t *multiplier, const Channel &channel, bool exact) {
-    const uint32_t model = (channel.record & 63) + (exact ? LOSSY : 0), first = coder.models->first[model];
-    return {coder.fc + first, multiplier + first, channel.anchor - (exact ? 0 : coder.models->support[model]),
+// `fc` and `multiplier` are those of `models`, in fast memory perhaps.
+LMC_HD Model model_of(const Models &models, const uint32_t *fc, const uint32_t *multiplier, const Channel &channel,
+                      bool exact) {
+    const uint32_t model = (channel.record & 63) + (exact ? LOSSY : 0), first = models.first[model];
+    return {fc + first, multiplier + first, channel.anchor - (exact ? 0 : models.support[model]),
             static_cast<uint32_t>(channel.record >> 6 << 23)};
 }
 

@@ -47,9 +47,10 @@ struct Measure {
     int32_t low[GROUP], high[GROUP];
 };
 struct Channels {
-    int32_t anchor[GROUP];
-    float scale[GROUP];      // decoding: step * 2^shift, encoding: inverse * 2^-shift (mode 2: the power only)
-    int32_t entry[GROUP];    // encoding: 256 * table
+    int32_t anchor[GROUP];  // mode 3: top
+    int32_t shift[GROUP];
+    float scale[GROUP];    // decoding: step * 2^shift, encoding: inverse * 2^-shift (mode 2: the power only)
+    int32_t entry[GROUP];  // the table; for the kernels, where it begins
 };
 
 // Elements in the order [token][channel], `stride` elements from token to token; 64 channels unless `count` is given.
@@ -95,25 +96,31 @@ inline const Kernels &kernels() {
     return portable;
 }
 
+// Of each dtype.
 constexpr int REMAINDER_BITS[5] = {8, 11, 24, 4, 3}, ITEM_BYTES[5] = {2, 2, 4, 1, 1};
 inline int64_t remainder_bytes(int dtype, int tokens) {
     return align16(static_cast<int64_t>(tokens) * (GROUP * (REMAINDER_BITS[dtype] >> 3) + 8 * (REMAINDER_BITS[dtype] & 7)));
 }
 
+// Tiles coded side by side.
+constexpr int FLIGHT = 3;
+inline int flight_of(int tiles_left) { return tiles_left == 1 || tiles_left == 3 ? tiles_left : 2; }
+
 struct alignas(64) Scratch {
-    DecodeTile decode[2];
-    EncodeTile encode[2];
-    Channels channels[2];
-    float token_scale[MAX_TOKENS];
-    uint16_t words[2][GROUP * MAX_TOKENS + GROUP];
-    uint8_t rest[2][GROUP * MAX_TOKENS * 3 + 16];
-    uint32_t stage[2][GROUP * MAX_TOKENS];  // a group that is padded or converted
+    DecodeTile decode[FLIGHT];
+    EncodeTile encode[FLIGHT];
+    Channels channels[FLIGHT];
+    Measure measure;
+    float token_scale[MAX_TOKENS], ones[MAX_TOKENS];
+    uint16_t words[FLIGHT][GROUP * MAX_TOKENS + GROUP];
+    uint8_t rest[FLIGHT][GROUP * MAX_TOKENS * 3 + 16];
+    uint32_t stage[FLIGHT][GROUP * MAX_TOKENS];  // a group that is padded or converted
     uint16_t token[MAX_CHANNELS];
 };
 
-// fp8 <-> bfloat16 bits.
-extern const uint16_t *const fp8_to_bf16[2];
-extern const uint8_t *const bf16_to_fp8[2];
+// fp8 -> bfloat16 bits, [dtype - LMC_E4M3][element], and back.
+extern const uint16_t (&fp8_to_bf16)[2][256];
+uint8_t bf16_to_fp8(int dtype, uint16_t value);
 
 struct Header {
     uint32_t magic;
@@ -149,15 +156,19 @@ inline float power_of_two(int power) {
 float step_of(int code, int base);
 float inverse_of(int code, int base);
 
-// Where a row's sections lie.
+// Where a coded row's sections lie, as offsets from its first byte.
 struct Sections {
-    int64_t raw, side, record, ends, tiles;
     int coded, spans, groups;
+    int64_t side, record, ends, tiles;
     Sections(const lmc_codec &codec, int n_raw, int tile_tokens, int mode);
 };
-bool valid_shape(const lmc_codec &codec);
-uint64_t row_check(const Kernels &kernel, const uint8_t *row, int64_t length);
-uint64_t header_check(const Kernels &kernel, const uint8_t *blob, int64_t rows_at);
+inline int64_t row_bytes(const lmc_codec &codec) {
+    return static_cast<int64_t>(codec.tokens) * codec.channels * ITEM_BYTES[codec.dtype];
+}
+inline int64_t rows_at(const lmc_codec &codec) { return 64 + align16(4LL * codec.layers * codec.planes); }
+uint64_t check_of(const Kernels &kernel, const uint8_t *first, int64_t first_bytes, const uint8_t *second, int64_t second_bytes);
+// Anchors, scales and tables of one group of a row, from the row's own sections. False: no such table.
+bool read_channels(const uint8_t *row, const Sections &at, int mode, int group, float scale, Channels *out);
 
 // Default rounding and denormals on this thread while it lives, whatever a caller has set.
 class PlainFloats {

@@ -18,7 +18,7 @@ namespace {
 // For each mask of lanes that need a word: which of the next 8 words each lane takes.
 struct Spread {
     uint64_t order[256];
-    Spread() {
+    constexpr Spread() : order() {
         for (int mask = 0; mask < 256; ++mask) {
             uint64_t packed = 0;
             for (int lane = 0, next = 0; lane < 8; ++lane) {
@@ -28,7 +28,7 @@ struct Spread {
         }
     }
 };
-const Spread spreads;
+constexpr Spread spreads;
 
 inline __m256i load(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
 

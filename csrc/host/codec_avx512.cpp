@@ -1,4 +1,4 @@
-// The codec's kernels with AVX-512: 16 lanes a register, two tiles in flight to hide the latency of each other.
+// The codec's kernels with AVX-512: 16 lanes a register, two or three tiles in flight to hide each other's latency.
 #include <type_traits>
 
 #include "codec.h"
@@ -33,7 +33,7 @@ inline void decode_tiles(DecodeTile *tiles, int tokens, const uint32_t *table) {
         for (int odd = 0; odd < 2; ++odd) {
 #pragma GCC unroll 2
             for (int k = 0; k < 2; ++k) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
                 for (int i = 0; i < TILES; ++i) {
                     const __m512i first = load((odd ? tiles[i].odd : tiles[i].even) + 16 * k);
                     const __m512i at = _mm512_add_epi32(_mm512_and_si512(x[i][k], slots), first);
@@ -64,7 +64,9 @@ inline void decode_tiles(DecodeTile *tiles, int tokens, const uint32_t *table) {
 }
 
 void decode(DecodeTile *tiles, int count, int tokens, const uint32_t *table) {
-    if (count == 2) {
+    if (count == 3) {
+        decode_tiles<3>(tiles, tokens, table);
+    } else if (count == 2) {
         decode_tiles<2>(tiles, tokens, table);
     } else {
         decode_tiles<1>(tiles, tokens, table);
@@ -86,7 +88,7 @@ inline void encode_tiles(EncodeTile *tiles, int tokens, const uint32_t *table, c
         for (int odd = 1; odd >= 0; --odd) {
 #pragma GCC unroll 2
             for (int k = 1; k >= 0; --k) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
                 for (int i = 0; i < TILES; ++i) {
                     const __m512i pair = load(tiles[i].entries + token * GROUP + 32 * k);
                     const __m512i at = odd ? _mm512_srli_epi32(pair, 16) : _mm512_and_si512(pair, low16);
@@ -117,7 +119,9 @@ inline void encode_tiles(EncodeTile *tiles, int tokens, const uint32_t *table, c
 }
 
 void encode(EncodeTile *tiles, int count, int tokens, const uint32_t *table, const uint32_t *reciprocal) {
-    if (count == 2) {
+    if (count == 3) {
+        encode_tiles<3>(tiles, tokens, table, reciprocal);
+    } else if (count == 2) {
         encode_tiles<2>(tiles, tokens, table, reciprocal);
     } else {
         encode_tiles<1>(tiles, tokens, table, reciprocal);

@@ -80,6 +80,40 @@ LMC_API int64_t lmc_cuda_copy_pages(const lmc_part *parts, int64_t part_count, i
                                     const int64_t *block_ids, int64_t chunks, int64_t blocks, const int64_t *slots,
                                     int32_t to_slots, int32_t skip_negative, const lmc_cuda_how *how);
 
+/* The codec of docs/codec.md, byte for byte that of the host. Addresses of blobs, chunks and scratch memory are those of
+ * device memory (or pinned), multiples of 16; a chunk is [layer][plane][token][channel]. */
+typedef struct {
+    int32_t dtype; /* as in the blob's header */
+    uint32_t layers, planes, tokens, channels;
+} lmc_codec_shape;
+
+/* The numbers of the table file this library was built with; returns how many there are and writes at most `room`. */
+LMC_API int64_t lmc_cuda_codec_numbers(int32_t *out, int64_t room);
+
+/* Bytes of scratch memory for `count` chunks. */
+LMC_API int64_t lmc_cuda_codec_scratch(const lmc_codec_shape *shape, int64_t count, int32_t encode, int64_t tile_tokens);
+
+/* Decode `layers` layers, from `first_layer` on, of `count` blobs; outs[i] is where the first of them goes. `tables`: id
+ * of the table file. status: reachable int32[count], 0 for a blob that was right, else 1 header, 2 row, 3 tile. At most
+ * `ctas` thread blocks decode; 0: as many as are useful. */
+LMC_API int64_t lmc_cuda_codec_decode(int32_t device, const lmc_codec_shape *shape, uint64_t tables,
+                                      const int64_t *blobs, const int64_t *lengths, const int64_t *outs, int64_t count,
+                                      int64_t first_layer, int64_t layers, int64_t scratch, int64_t scratch_bytes,
+                                      int64_t status, int32_t ctas, uint64_t stream);
+
+/* How to code a chunk: reachable uint8 modes[rows] and int16 offsets[rows]; n_raw -1: decide from the data. */
+typedef struct {
+    int64_t modes, offsets;
+    int32_t n_raw, tile_tokens, level, reserved;
+} lmc_codec_coding;
+
+/* Encode `count` chunks; the blob at outs[i] may need as much room as its rows stored as they are.
+ * lengths: reachable int64[count], bytes of each blob. */
+LMC_API int64_t lmc_cuda_codec_encode(int32_t device, const lmc_codec_shape *shape, uint64_t tables,
+                                      const lmc_codec_coding *coding, const int64_t *chunks, const int64_t *outs,
+                                      int64_t count, int64_t scratch, int64_t scratch_bytes, int64_t lengths,
+                                      uint64_t stream);
+
 #ifdef __cplusplus
 }
 #endif

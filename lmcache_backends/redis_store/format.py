@@ -51,8 +51,8 @@ class Head:
 
     @classmethod
     def plan(cls, generation: bytes, nbytes: int, part_bytes: int) -> Head:
-        """Values of `part_bytes`, what a server keeps beside each included; the last one is as small as it comes out."""
-        piece = max(1, part_bytes - _OVERHEAD, -(-nbytes // (MOST_PIECES - 1)))
+        """Values that take `part_bytes` each, what a server keeps beside them included; the last one takes the rest."""
+        piece = max(part_bytes - min(_OVERHEAD, part_bytes // 2), -(-nbytes // (MOST_PIECES - 1)), 1)
         return cls(generation, nbytes, min(max(1, piece - HEAD_BYTES), nbytes), piece)
 
     @classmethod

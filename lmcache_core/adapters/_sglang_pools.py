@@ -298,7 +298,7 @@ def _page_numbers(indices: Any, tokens: int) -> NDArray[np.int64]:
     """Pages by the places of their tokens. Raise `ValueError` for tokens that are not whole pages."""
     slots = np.asarray(indices, dtype=np.int64).reshape(-1, tokens)
     pages = slots[:, 0] // tokens
-    if ((pages * tokens)[:, None] + np.arange(tokens) != slots).any():
+    if (pages < 0).any() or ((pages * tokens)[:, None] + np.arange(tokens) != slots).any():
         raise ValueError(f"the indices are not whole pages of {tokens} tokens")
     return pages
 

@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmcache_core.adapters._sglang_pools import HostPages, StridedPages
@@ -185,22 +186,27 @@ class PageStore:
         return [True] * done + [False] * (len(keys) - done)
 
     def _save(self, hashes: Sequence[str], copy: Callable[[list[int], NDArray[np.int64]], None]) -> list[bool]:
-        keys, index = self.keys(hashes), self.pipeline.slots.index
-        part, stored = max(1, self.pipeline.slots.count // 2), 0
+        keys, slots = self.keys(hashes), self.pipeline.slots
+        lanes = [tier.write_lane for tier in self.pipeline.tiers]
+        part = max(1, min([slots.count // 2, *(lane.max_bytes // slots.slot_bytes for lane in lanes)]))
+        end = monotonic() + self._patience
+        stored, stalled = 0, False
         while stored < len(keys):
+            # What finds a lane full is not written down. SGLang's writing thread can wait for what it gave before.
+            for lane in lanes:
+                lane.drain(max(0.0, end - monotonic()))
             now = keys[stored : stored + part]
-            for last in (False, True):
-                with self.pipeline.reserve(now) as room:
-                    if room.positions:
-                        copy([stored + position for position in room.positions], room.addresses)
-                        room.commit()
-                # A key that is not there found no room: slots free up as lower tiers get what they hold.
-                count = next((i for i, key in enumerate(now) if key not in index), len(now))
-                if last or count == len(now) or not self.pipeline.flush(self._patience):
-                    break
+            with self.pipeline.reserve(now) as room:
+                if room.positions:
+                    copy([stored + position for position in room.positions], room.addresses)
+                    room.commit()
+            count = next((i for i, key in enumerate(now) if key not in slots.index), len(now))
             stored += count
             if count < len(now):
-                break
+                # No room: slots free up while what they hold is written down, once.
+                if stalled:
+                    break
+                stalled = True
         return [True] * stored + [False] * (len(keys) - stored)
 
     def clear(self, epoch: str) -> None:

@@ -23,6 +23,7 @@ from huggingface_hub.errors import HFValidationError
 from vllm import _custom_ops as cpu_ops
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group, model_parallel_is_initialized
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 from vllm.v1.outputs import KVConnectorOutput
@@ -74,33 +75,58 @@ _METHODS: dict[str, tuple[str, ...]] = {
 }
 """Methods of `KVConnectorBase_V1` the adapter overrides or calls, with their parameters."""
 
-_FIELDS: dict[type, tuple[str, ...]] = {
-    SchedulerOutput: ("num_scheduled_tokens", "total_num_scheduled_tokens", "kv_connector_block_state"),
-    KVConnectorOutput: ("kv_connector_worker_meta", "invalid_block_ids", "finished_recving"),
-    KVConnectorBlockState: ("req_ids", "resolve_block_ids"),
-    FullAttentionSpec: ("block_size", "num_kv_heads", "head_size", "head_size_v", "non_causal", "state_content_bytes"),
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "SchedulerOutput": ("num_scheduled_tokens", "total_num_scheduled_tokens", "kv_connector_block_state"),
+    "KVConnectorOutput": ("kv_connector_worker_meta", "invalid_block_ids", "finished_recving"),
+    "KVConnectorBlockState": ("req_ids", "resolve_block_ids"),
+    "MultiModalFeatureSpec": ("modality", "identifier", "mm_position"),
+    "FullAttentionSpec": (
+        "block_size",
+        "num_kv_heads",
+        "head_size",
+        "head_size_v",
+        "non_causal",
+        "state_content_bytes",
+    ),
 }
 _REQUEST = ("prompt_embeds", "mm_features", "lora_request", "cache_salt", "resumable", "pooling_params")
 
 
-def check_api() -> None:
-    """Raise `Unsupported` with everything that differs when this vLLM's connector API is not the one known here."""
+def installed_api() -> dict[str, Any]:
+    """What the installed vLLM is like, for `differences`."""
+    kinds = (SchedulerOutput, KVConnectorOutput, KVConnectorBlockState, MultiModalFeatureSpec, FullAttentionSpec)
+    methods = {name: getattr(KVConnectorBase_V1, name, None) for name in _METHODS}
+    return {
+        "methods": {
+            name: [parameter for parameter in inspect.signature(method).parameters if parameter != "self"]
+            for name, method in methods.items()
+            if method is not None
+        },
+        "abstract": sorted(KVConnectorBase_V1.__abstractmethods__),
+        "fields": {kind.__name__: [field.name for field in dataclasses.fields(kind)] for kind in kinds},
+        "request": list(inspect.signature(Request.__init__).parameters),
+    }
+
+
+def differences(api: Mapping[str, Any]) -> list[str]:
+    """What of a vLLM's API is not as the adapter knows it. `api`: methods of the connector's base class with their
+    parameters, abstract ones, fields of data classes, parameters of a request."""
     wrong: list[str] = []
     for name, expected in _METHODS.items():
-        method = getattr(KVConnectorBase_V1, name, None)
-        if method is None:
+        found = api["methods"].get(name)
+        if found is None:
             wrong.append(f"KVConnectorBase_V1.{name} is missing")
-        elif (found := tuple(p for p in inspect.signature(method).parameters if p != "self")) != expected:
+        elif tuple(found) != expected:
             wrong.append(f"KVConnectorBase_V1.{name} takes ({', '.join(found)}), expected ({', '.join(expected)})")
-    wrong += [
-        f"KVConnectorBase_V1.{name} is a new abstract method"
-        for name in sorted(KVConnectorBase_V1.__abstractmethods__ - _METHODS.keys())
-    ]
+    wrong += [f"KVConnectorBase_V1.{name} is a new abstract method" for name in api["abstract"] if name not in _METHODS]
     for kind, names in _FIELDS.items():
-        have = {field.name for field in dataclasses.fields(kind)}
-        wrong += [f"{kind.__name__}.{name} is missing" for name in names if name not in have]
-    parameters = inspect.signature(Request.__init__).parameters
-    wrong += [f"Request has no {name}" for name in _REQUEST if name not in parameters]
+        wrong += [f"{kind}.{name} is missing" for name in names if name not in api["fields"][kind]]
+    return wrong + [f"Request has no {name}" for name in _REQUEST if name not in api["request"]]
+
+
+def check_api() -> None:
+    """Raise `Unsupported` with everything that differs when this vLLM's connector API is not the one known here."""
+    wrong = differences(installed_api())
     if wrong:
         raise Unsupported(
             f"vLLM {vllm.__version__} has a KV connector API that this lmcache-core does not know "

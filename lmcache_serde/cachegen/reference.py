@@ -153,11 +153,12 @@ def _step_code(ratio: int, offset: int, exponent: int, base: int) -> int:
 
 def _token_codes(x: Floats, offset: int, base: int) -> Ints:
     exponents = _exponents(x).max(1)
-    fixed = np.rint(x * np.ldexp(np.float32(1), 13 - exponents.clip(-80))[:, None]).astype(np.int64)
+    least = base + 28 - 40
+    fixed = np.rint(x * np.ldexp(np.float32(1), 13 - exponents.clip(least))[:, None]).astype(np.int64)
     sums, width = (fixed * fixed).sum(1), lg(x.shape[1])
     return np.array(
         [
-            _step_code(lg(int(v)) - width, offset, int(e), base) if e > -1000 else 0
+            _step_code(lg(int(v)) - width, offset, int(e), base) if e >= least else 0
             for v, e in zip(sums, exponents, strict=True)
         ]
     )

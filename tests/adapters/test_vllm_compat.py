@@ -22,13 +22,16 @@ if importlib.util.find_spec("vllm") is None:
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of vLLM and what it imports
     import torch
+    import vllm
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
     from vllm.v1.core.sched.output import KVConnectorBlockState
-    from vllm.v1.kv_cache_interface import CrossAttentionSpec, FullAttentionSpec, SlidingWindowSpec
+    from vllm.v1.kv_cache_interface import CrossAttentionSpec, FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
     from vllm.v1.outputs import KVConnectorOutput
 
     from lmcache_core.adapters import _vllm_compat as compat
+    from lmcache_core.adapters._vllm_telemetry import Stats
     from lmcache_core.adapters.vllm import LMCacheCoreConnector, PagesMetadata
 
 BLOCKS, HEADS, BLOCK, DIM, LAYERS = 12, 2, 32, 32, 3
@@ -115,6 +118,25 @@ def memory(*, block_major: bool = False, dtype: torch.dtype = torch.float32) -> 
 # -- API ---------------------------------------------------------------------------------------------------------
 def test_installed_vllm_is_known() -> None:
     compat.check_api()
+
+
+RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "vllm_api.json").read_text())
+
+
+@pytest.mark.parametrize("version", RECORDED)
+def test_every_supported_vllm_is_known(version: str) -> None:
+    """On what was read from each release's sources, so that none has to be installed; see `make vllm-versions`."""
+    assert compat.differences(RECORDED[version]) == []
+
+
+def test_what_was_recorded_is_what_is_installed() -> None:
+    recorded, installed = RECORDED[vllm.__version__.partition("+")[0]], compat.installed_api()
+    assert recorded["abstract"] == installed["abstract"]
+    for name, parameters in installed["methods"].items():
+        assert recorded["methods"][name] == parameters
+    for kind, fields in installed["fields"].items():
+        assert set(recorded["fields"][kind]) == set(fields)
+    assert recorded["request"] == [name for name in installed["request"] if name != "self"]
 
 
 def test_every_difference_in_the_api_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,6 +347,132 @@ def test_requests_that_token_ids_do_not_name(changes: dict[str, Any], reason: st
     assert compat.refuse_request(request(**changes)) == reason
 
 
+def image(identifier: str, offset: int, length: int, modality: str = "image") -> MultiModalFeatureSpec:
+    return MultiModalFeatureSpec(None, modality, identifier, PlaceholderRange(offset=offset, length=length))
+
+
+def test_multimodal_inputs_are_part_of_the_keys() -> None:
+    """Every chunk that holds any of an input's placeholders says which input, where it begins and how long it is."""
+    assert compat.multimodal(request()) is None
+
+    def said(*features: MultiModalFeatureSpec) -> list[bytes]:
+        extra = compat.multimodal(request(mm_features=list(features)))
+        assert extra is not None
+        return [extra(at, at + 10) for at in range(0, 40, 10)]
+
+    one = said(image("a", 8, 14))
+    assert one[3] == b"" and all(one[:3])
+    others = [
+        said(image("b", 8, 14)), said(image("a", 9, 14)), said(image("a", 8, 15)), said(image("a", 8, 14, "audio")),
+    ]  # fmt: skip
+    for other in others:
+        assert all(other[i] != one[i] for i in range(3))
+    assert said(image("a", 8, 2), image("b", 30, 2))[3] != said(image("a", 8, 2), image("c", 30, 2))[3]
+
+
+def test_requests_with_different_images_do_not_share(tmp_path: Path) -> None:
+    worker, scheduler = connector(KVConnectorRole.WORKER, tmp_path), connector(KVConnectorRole.SCHEDULER, tmp_path)
+    worker.register_kv_caches(memory())
+    scheduler.set_xfer_handshake_metadata_pp_aware({(0, 0): worker.get_handshake_metadata()})
+
+    def ask(name: str, *features: MultiModalFeatureSpec) -> int | None:
+        asked = request(request_id=name, mm_features=list(features))
+        found, _ = scheduler.get_num_new_matched_tokens(asked, 0)
+        scheduler.update_state_after_alloc(asked, SimpleNamespace(get_block_ids=lambda: ([1, 2, 3, 4],)), found)
+        step(scheduler, worker, {name: 100 - found}, [1, 2, 3, 4])
+        scheduler.request_finished(asked, [])
+        return found
+
+    assert ask("text") == 0 and ask("text again") == 64
+    assert ask("cat", image("cat", 10, 20)) == 0 and ask("dog", image("dog", 10, 20)) == 0
+    assert ask("cat again", image("cat", 10, 20)) == 64 and ask("moved", image("cat", 11, 20)) == 0
+    # Behind the only whole chunk: nothing that is stored depends on it.
+    assert ask("late", image("cat", 64, 20)) == 64
+    scheduler.shutdown()
+    worker.shutdown()
+
+
+def window(tokens: int) -> SlidingWindowSpec:
+    return SlidingWindowSpec(BLOCK, num_kv_heads=HEADS, head_size=DIM, dtype=torch.float32, sliding_window=tokens)
+
+
+def test_groups_with_windows(tmp_path: Path) -> None:
+    """A chunk holds the pages of all groups; those that left a window are not loaded."""
+    config, groups = engine_config(), cache_config(spec(), window(64))
+    tiers = [{"name": "dram", "capacity": "8MiB", "backend": {"type": "cpu"}}]
+    config.kv_transfer_config.kv_connector_extra_config = {"config": {"chunk_tokens": 64, "tiers": tiers}}
+    kv = memory()
+    worker, scheduler = (
+        LMCacheCoreConnector(config, role, groups) for role in (KVConnectorRole.WORKER, KVConnectorRole.SCHEDULER)
+    )
+    worker.register_kv_caches(kv)
+    scheduler.set_xfer_handshake_metadata_pp_aware({(0, 0): worker.get_handshake_metadata()})
+    first = request(request_id="first", all_token_ids=list(range(140)), num_tokens=140, num_prompt_tokens=140)
+    tables = ([1, 2, 3, 4, 5], [6, 7, 8, 9, 10])
+    assert scheduler.get_num_new_matched_tokens(first, 0) == (0, False)
+    step(scheduler, worker, {"first": 140}, *tables)
+    scheduler.request_finished_all_groups(first, tables)
+    again = request(request_id="again", all_token_ids=list(range(140)), num_tokens=140, num_prompt_tokens=140)
+    assert scheduler.get_num_new_matched_tokens(again, 0) == (128, False)
+    before = {name: tensor.clone() for name, tensor in kv.items()}
+    tables = ([5, 4, 3, 2, 11], [0, 0, 9, 8, 10])
+    scheduler.update_state_after_alloc(again, SimpleNamespace(get_block_ids=lambda: tables), 128)
+    step(scheduler, worker, {"again": 12}, *tables)
+    full, swa = (group.layer_names for group in groups.kv_cache_groups)
+    moved = {**{name: {5: 1, 4: 2, 3: 3, 2: 4} for name in full}, **{name: {9: 8, 8: 9} for name in swa}}
+    for name, tensor in kv.items():
+        for block in range(BLOCKS):
+            assert torch.equal(tensor[block], before[name][moved[name].get(block, block)]), (name, block)
+    scheduler.request_finished_all_groups(again, tables)
+    pipeline = scheduler._scheduler.pipeline
+    scheduler.shutdown()
+    worker.shutdown()
+    pipeline.check(idle=True)
+
+
+def test_windows_shorter_than_a_chunk_are_refused() -> None:
+    compat.refuse_chunk(cache_config(spec(), window(64)), 64)
+    with pytest.raises(Unsupported, match=r"chunk_tokens to at most 64.*--disable-hybrid-kv-cache-manager"):
+        compat.refuse_chunk(cache_config(spec(), window(64)), 128)
+
+
+def test_mla_pages_are_told_by_what_the_backend_writes() -> None:
+    latent, rope = 48, 16
+
+    class Backend:
+        def __init__(self, shift: int) -> None:
+            self.shift = shift
+
+        def do_kv_cache_update(self, c: Any, pe: Any, page: Any, slots: Any, dtype: str, scale: Any) -> None:
+            page.view(-1, latent + rope)[slots] = torch.cat([c, pe.squeeze(1)], 1).roll(self.shift, 1)
+
+    def describe(shift: int = 0, impl: Any = None) -> compat.Pages:
+        mla = MLAAttentionSpec(BLOCK, num_kv_heads=1, head_size=latent + rope, dtype=torch.float32)
+        layers = {f"model.layers.{i}.attn": SimpleNamespace(impl=impl or Backend(shift)) for i in range(LAYERS)}
+        text = Config(kv_lora_rank=latent, qk_rope_head_dim=rope)
+        config = engine_config(compilation_config__static_forward_context=layers, model_config__hf_text_config=text)
+        kv = {name: torch.zeros(BLOCKS, 1, BLOCK, latent + rope) for name in layers}
+        return compat.describe_pages(config, cache_config(mla), kv)[0]
+
+    pages = describe()
+    assert (pages.layout.planes, pages.layout.kv_heads, pages.layout.head_dim) == (1, 1, latent + rope)
+    assert pages.layout.packing == describe().layout.packing != describe(1).layout.packing
+    assert "/mla.Backend/" in pages.layout.packing
+    compat.prove_copies(pages)
+    with pytest.raises(Unsupported, match="one page format"):
+        describe(impl=object())
+
+
+def test_what_the_metrics_are_made_of() -> None:
+    stats = Stats.between(
+        {"hit.dram": 2, "stored": 1}, {"hit.dram": 5, "stored": 9, "miss.corrupt": 1, "loaded_tokens": 0}
+    )
+    assert stats.data == {"hit.dram": 3, "miss.corrupt": 1} and not stats.is_empty()
+    assert stats.aggregate(Stats({"hit.dram": 1})).reduce() == {"hit.dram": 4, "miss.corrupt": 1}
+    stats.reset()
+    assert stats.is_empty()
+
+
 def test_hit_sources() -> None:
     found = compat.hit_sources({"dram": 32, "nvme": 64, "cold": 32}, "dram")
     assert found == {CacheHitSource.HOST: 32, CacheHitSource.DISK: 96}
@@ -339,13 +487,13 @@ def connector(role: KVConnectorRole, tmp_path: Path, **extra: Any) -> LMCacheCor
 
 
 def step(
-    scheduler: LMCacheCoreConnector, worker: LMCacheCoreConnector, tokens: dict[str, int], table: list[int]
+    scheduler: LMCacheCoreConnector, worker: LMCacheCoreConnector, tokens: dict[str, int], *tables: list[int]
 ) -> Any:
     """One step of an engine, in vLLM's order."""
     output = SimpleNamespace(
         num_scheduled_tokens=tokens,
         total_num_scheduled_tokens=sum(tokens.values()),
-        kv_connector_block_state=KVConnectorBlockState(set(tokens), lambda _: (table,), {}),
+        kv_connector_block_state=KVConnectorBlockState(set(tokens), lambda _: tables, {}),
     )
     worker.bind_connector_metadata(scheduler.build_connector_meta(output))
     worker.start_load_kv(None)

@@ -28,7 +28,8 @@ Answers = Sequence[Mapping[str, Any]]
 def lifetimes(work: Path, model: str) -> dict[str, Any]:
     """Run the child and return what it found."""
     root = str(HERE.parent.parent)
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    # `make vllm-versions` names another vLLM, unpacked.
+    path = os.pathsep.join(filter(None, [os.environ.get("LMCACHE_TEST_VLLM"), root, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(HERE / "vllm_lifetimes.py"), str(work), model]
     child = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=900, check=False
@@ -135,3 +136,55 @@ def test_unknown_kinds_of_kv_are_left_alone(found: dict[str, Any]) -> None:
     assert found["window_cached"] is False
     assert loaded(found["window"]) == [0, 0]
     assert found["window"][0]["tokens"] == found["window"][1]["tokens"]
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "mla"])
+def test_kv_of_other_kinds(found: dict[str, Any], kind: str) -> None:
+    """Layers with a sliding window beside others (two KV groups), and MLA latents: bit-equal to vLLM's own cache."""
+    answers = found[kind]
+    assert loaded(answers["alone"]) == loaded(answers["control"]) == [0, 0, 0]
+    assert loaded(answers["cold"]) == [0, 1024, 512]
+    assert answers["books"]["stored"] == 7
+    for name in ("warm", "disk"):
+        assert loaded(answers[name]) == [896, 1280, 1024]
+        for answer, control in zip(answers[name], answers["control"], strict=True):
+            assert (answer["tokens"], answer["logprobs"]) == (control["tokens"], control["logprobs"])
+    assert answers["books"]["hits"]["disk"] == 7
+    assert len({tuple(answer["tokens"]) for answer in answers["control"]}) == 3
+
+
+def test_what_a_request_may_say_and_hear(found: dict[str, Any]) -> None:
+    told = found["told"]
+    same(told["cold"] + told["warm"] + told["silent"], told["alone"] * 3)
+    assert loaded(told["warm"]) == loaded(told["silent"]) == [512]
+    nothing = {"hit_tokens": 0, "sources": {}, "miss": None, "stored_tokens": 0, "refused": {}}
+    answers = {}
+    for name in ("alone", "cold", "warm"):
+        (answer,) = told[name]
+        answers[name] = {key.removeprefix("lmcache."): value for key, value in answer["told"].items()}
+    assert answers["alone"] == nothing
+    refused = answers["cold"].pop("refused")
+    assert list(refused) == ["lmcache.ttl_s"] and "pin_s" in refused["lmcache.ttl_s"]
+    assert answers["cold"] == {"hit_tokens": 0, "sources": {}, "miss": "not_stored", "stored_tokens": 512}
+    assert answers["warm"] == {**nothing, "hit_tokens": 512, "sources": {"dram": 512}}
+    assert told["silent"][0]["told"] is None
+    assert told["pinned"] == 2
+
+
+def test_metrics_and_events(found: dict[str, Any]) -> None:
+    told = found["told"]
+    assert told["metrics"] == {
+        "vllm:lmcache_loaded_tokens": 1024,
+        "vllm:lmcache_saved_chunks": 2,
+        "vllm:lmcache_hit_chunks.dram": 4,
+        "vllm:lmcache_missed_chunks.not_stored": 2,
+    }
+    assert told["events"] == ["BlockStored"] * 2
+    # A router knows them by the hashes the engine uses for its own blocks.
+    assert told["hashes_known"]
+
+
+def test_layers_are_announced_before_they_are_read(found: dict[str, Any]) -> None:
+    """What `layerwise` rests on: every layer of every step that computes."""
+    assert found["told"]["waits"] > 0
+    assert found["told"]["waits"] % 4 == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from fake_vllm import (
     BLOCK,
+    BLOCK_LAYOUT,
     CHUNK,
     MODES,
     DictStorage,
@@ -18,6 +19,7 @@ from fake_vllm import (
 )
 
 from lmcache_core.adapters import _vllm_scheduler
+from lmcache_core.adapters._vllm_parts import assemble
 from lmcache_core.adapters._vllm_wire import StepReport
 from lmcache_core.pipeline import Transfer
 from lmcache_core.testing.invariants import settle
@@ -103,6 +105,108 @@ def test_refused_and_unread_requests() -> None:
     assert ask(engine, prompt, read=False).external == 0
     assert ask(engine, prompt).external == 48
     settle(pipeline)
+
+
+def test_a_request_that_asks_gets_an_answer() -> None:
+    pipeline = make_pipeline(32)
+    engine = FakeEngine(pipeline)
+    prompt = tokens(50)
+    quiet = ask(engine, prompt, kv_transfer_params={"lmcache.skip_write": True, "do_remote_decode": False})
+    assert quiet.answer is not None and quiet.answer["lmcache.miss"] == "not_stored"
+    assert pipeline.stats()["stored"] == 0
+    assert ask(engine, prompt, kv_transfer_params={"do_remote_decode": False}).answer is None
+    assert ask(engine, prompt).answer is None
+    unread = ask(engine, prompt, kv_transfer_params={"lmcache.skip_read": True})
+    assert unread.external == 0
+    wrong = {"lmcache.skip_read": 1, "lmcache.pin_s": "long", "lmcache.nonsense": 1, "lmcache.report": True, 7: 7}
+    hit = ask(engine, prompt, kv_transfer_params=wrong)
+    assert hit.external == 48 and hit.answer is not None
+    assert hit.answer["lmcache.sources"] == {"dram": 48}
+    assert set(hit.answer["lmcache.refused"]) == {"lmcache.skip_read", "lmcache.pin_s", "lmcache.nonsense"}
+    out = ask(engine, prompt, refused="multimodal", kv_transfer_params={"lmcache.report": True})
+    assert out.answer == {"lmcache.bypassed": "multimodal", "lmcache.refused": {}}
+    settle(pipeline)
+
+
+def test_pins_hold_the_prompt_for_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(_vllm_scheduler, "monotonic", lambda: now[0])
+    pipeline = make_pipeline(16)
+    engine = FakeEngine(pipeline, budget=100)
+    prompt = tokens(3 * CHUNK)
+    ask(engine, prompt, kv_transfer_params={"lmcache.pin_s": 60})
+    greedy = ask(engine, tokens(5 * CHUNK, 1), kv_transfer_params={"lmcache.pin_s": 60})
+    assert greedy.answer is not None and "lmcache.pin_s" in greedy.answer["lmcache.refused"]
+    for seed in range(2, 8):  # enough to evict everything else
+        ask(engine, tokens(5 * CHUNK, seed))
+    assert pipeline.stats()["tiers"]["dram"]["pinned"] == 3
+    assert ask(engine, prompt).external == 3 * CHUNK - BLOCK
+    now[0] += 61
+    ask(engine, tokens(3))
+    settle(pipeline)
+    for seed in range(2, 8):
+        ask(engine, tokens(5 * CHUNK, seed))
+    assert ask(engine, prompt).external == 0
+    ask(engine, prompt, kv_transfer_params={"lmcache.pin_s": 60})
+    ask(engine, tokens(3))
+    assert engine.connector is not None
+    engine.connector.clear()
+    settle(pipeline)
+
+
+RANKS = [((0, 0), (0, 1)), ((0, 0), (1, 0)), ((0, 0), (0, 1), (1, 0), (1, 1))]
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_chunk_holds_every_workers_part(ranks: tuple[tuple[int, int], ...], by_layer: bool) -> None:
+    layout, _ = assemble({rank: [BLOCK_LAYOUT] for rank in ranks}, CHUNK)
+    storage = DictStorage()
+    prompt = tokens(100)
+    for promised in (0, 96):
+        pipeline = make_pipeline(32, storage, layout=layout)
+        engine = FakeEngine(pipeline, ranks=ranks, by_layer=by_layer)
+        assert ask(engine, prompt).external == promised
+        assert ask(engine, prompt).external == 96
+        settle(pipeline)
+        engine.close()
+    # One object a chunk, whatever the number of workers.
+    assert len(storage.stored) == 6
+
+
+def test_a_worker_that_cannot_attach_ends_caching_for_all() -> None:
+    ranks = RANKS[0]
+    pipeline = make_pipeline(32, layout=assemble({rank: [BLOCK_LAYOUT] for rank in ranks}, CHUNK)[0])
+    engine = FakeEngine(pipeline, ranks=ranks)
+    assert engine.connector is not None
+    engine.workers[1]._groups = []
+    prompt = tokens(50)
+    request = engine.add(FakeRequest("alone", prompt, 3))
+    engine.run()
+    assert request.output == answer(prompt, 3)
+    assert "worker (0, 1) disagree" in engine.connector.disabled
+    assert pipeline.stats()["stored"] == 0
+    settle(pipeline)
+
+
+def test_layers_the_engine_does_not_announce_are_computed_again() -> None:
+    """A graph of the whole model reads layers without asking: then nothing that was loaded in that step counts."""
+    pipeline = make_pipeline(32)
+    engine = FakeEngine(pipeline, by_layer=True)
+    prompt = tokens(100)
+    ask(engine, prompt)
+    (worker,) = engine.workers
+    worker.wait_layer = lambda name: None  # type: ignore[method-assign]
+    request = engine.add(FakeRequest("graph", prompt, 3))
+    # The pages may or may not be filled when they are read: only the answer counts.
+    engine.verify = False
+    engine.run()
+    assert request.output == answer(prompt, 3)
+    # From now on everything is copied before the forward pass.
+    engine.verify = True
+    assert ask(engine, prompt).external == 96
+    settle(pipeline)
+    engine.close()
 
 
 def test_the_speed_of_prefill_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
