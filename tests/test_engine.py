@@ -184,6 +184,9 @@ def test_restart_serves_tokens_and_names_from_disk(engines: MakeEngine, tmp_path
     first.close()
     again = engines(disk(tmp_path))
     assert again.lookup(tokens).sources == ("disk",) * 3
+    again.prefetch(tokens)
+    settle(again.pipeline)
+    assert again.lookup(tokens).sources == ("dram",) * 3
     named = again.get("doc")
     assert named is not None and named.tokens.tolist() == tokens
     assert np.array_equal(named.kv, kv)
@@ -269,21 +272,38 @@ def test_tenants_have_scopes_of_their_own(engines: MakeEngine) -> None:
 # -- torch ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("order", ["nhd", "hnd"])
-def test_torch_tensors(dtype: str, order: Any, engines: MakeEngine) -> None:
+@pytest.mark.parametrize("device", ["host", "elsewhere", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_torch_tensors(
+    device: str, order: Any, dtype: str, engines: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In host memory; the way of other devices, with tensors of this one; and on a GPU."""
     torch = pytest.importorskip("torch")
+    if device == "elsewhere":
+        monkeypatch.setattr("lmcache_core.engine._in_host_memory", lambda tensor: False)
+    elif device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    where = device if device == "cuda" else "cpu"
     engine = engines(dtype=getattr(torch, dtype), order=order)
-    tokens = torch.randint(0, 100, (2 * CHUNK + 3,), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, 100, (2 * CHUNK + 3,), generator=torch.Generator().manual_seed(1)).to(where)
     middle = (len(tokens), HEADS) if order == "nhd" else (HEADS, len(tokens))
-    kv = torch.randn(LAYERS, 2, *middle, DIM).to(getattr(torch, dtype))
+    kv = torch.randn(LAYERS, 2, *middle, DIM).to(where, getattr(torch, dtype))
     assert engine.store(tokens, [tuple(layer) for layer in kv]) == 2 * CHUNK
     assert engine.put("doc", tokens, kv)
     named = engine.get("doc")
-    assert named is not None and named.kv.dtype == kv.dtype
-    assert torch.equal(named.kv.view(torch.uint8), kv.view(torch.uint8))
+    assert named is not None and named.kv.dtype == kv.dtype and named.tokens.tolist() == tokens.tolist()
+    assert torch.equal(named.kv.view(torch.uint8), kv.cpu().view(torch.uint8))
     into = torch.zeros_like(kv)
     assert engine.retrieve(tokens, into).tokens == 2 * CHUNK
     part = (slice(None),) * (2 if order == "nhd" else 3) + (slice(2 * CHUNK),)
     assert torch.equal(into[part].view(torch.uint8), kv[part].view(torch.uint8))
+    inner = (4, HEADS) if order == "nhd" else (HEADS, 4)
+    pages = torch.zeros(LAYERS, 2, 12, *inner, DIM, dtype=kv.dtype, device=where)
+    table = torch.tensor([3, 1, 9, 0, 4, 11, 2, 7], device=where)
+    assert engine.retrieve(tokens, pages, blocks=table).tokens == 2 * CHUNK
+    again = torch.zeros_like(kv)
+    assert engine.put("paged", tokens[: 2 * CHUNK], pages, blocks=table)
+    assert engine.get("paged", again) is not None
+    assert torch.equal(again[part].view(torch.uint8), kv[part].view(torch.uint8))
 
 
 def test_a_latent_has_one_plane(engines: MakeEngine) -> None:
@@ -461,7 +481,7 @@ def test_a_tier_that_cannot_delete_says_so() -> None:
         engine.pipeline.discard([engine._head_key("doc")])
 
 
-def test_a_read_under_way_does_not_bring_back_what_is_deleted() -> None:
+def test_a_read_under_way_does_not_bring_back_what_is_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
     injector = FaultInjector({"store": Rates()})
     with faulty(injector) as engine:
         tokens = prompt(CHUNK)
@@ -471,10 +491,17 @@ def test_a_read_under_way_does_not_bring_back_what_is_deleted() -> None:
         head = engine._head_key("doc")
         injector["store"].hold("get_into")
         transfer = engine.pipeline.fetch([head])
+        store, deleting = engine.pipeline.tiers[0], threading.Event()
+        forget = store.forget
+
+        def announced(keys: Any) -> int:
+            deleting.set()
+            return forget(keys)
+
+        monkeypatch.setattr(store, "forget", announced)
         evicting = threading.Thread(target=engine.pipeline.discard, args=([head],))
         evicting.start()
-        while not engine.pipeline._void:
-            pass
+        assert deleting.wait(30.0)
         injector.release()
         evicting.join(30.0)
         with transfer.result() as lease:

@@ -16,6 +16,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 from lmcache_backends.fsspec_store import FsspecConfig
 from lmcache_backends.fsspec_store.rig import FsspecRig
 from lmcache_core.testing.rig import Medium
+from lmcache_core.testing.stateful import StorageStateMachineTests
 from lmcache_core.testing.storage import OpenBackend, StorageBackendTests
 
 
@@ -59,7 +60,7 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Medium]:
         yield medium
 
 
-class TestMemory(StorageBackendTests):
+class TestMemory(StorageStateMachineTests):
     @pytest.fixture
     def open_backend(self) -> OpenBackend:
         return FsspecConfig(url=f"memory://{secrets.token_hex(8)}").build

@@ -167,6 +167,7 @@ PUBLIC = {
     "redact",
     "seal",
     "testing",
+    "_cuda",
     "_native",
 }
 """What backends and serdes are built on: ours use what anybody's may use."""

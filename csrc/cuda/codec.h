@@ -270,9 +270,19 @@ LMC_HD uint32_t inverse_of(int32_t code, int32_t base) {
 struct Lane {
     uint32_t x;
     uint32_t lut[2], fc[2];  // where those of the channel's model begin
-    int32_t anchor[2];       // what is added to a symbol's number; of EXACT, the largest exponent field
-    uint32_t widen[2];       // shift << 23
+    int32_t less[2];         // what makes a symbol of its number
+    int32_t anchor[2];       // of EXACT, the largest exponent field
+    int32_t gain[2], before[2];
+    uint32_t widen[2];  // shift << 23
 };
+
+// A channel's record: number of its model, gain, shift.
+LMC_HD uint32_t record_model(uint32_t record) { return record & 31; }
+LMC_HD int32_t record_gain(uint32_t record) { return record >> 5 < 3 ? record >> 5 : 0; }
+LMC_HD uint32_t record_shift(uint32_t record) { return record >> 5 > 2 ? (record >> 5) - 2 : 0; }
+LMC_HD uint32_t record_of(uint32_t model, uint32_t gain, uint32_t shift) {
+    return model | (shift ? shift + 2 : gain) << 5;
+}
 
 // The lossy models, or the lossless ones.
 struct Coder {
@@ -286,24 +296,25 @@ LMC_HD bool open_lane(const Coder &coder, const uint8_t *blob, const Row &row, u
     bool known = true;
     for (uint32_t k = 0; k < 2; ++k) {
         const uint32_t record = blob[row.record + channel + k];
-        uint32_t model = record & 63;
-        known = known && model < most && (row.mode != EXACT || record < 64);
+        uint32_t model = record_model(record);
+        const uint32_t kind = record >> 5;
+        known = known && model < most && kind < 6 && (row.mode == ANCHORED || kind == 0 || (kind > 2 && row.mode != EXACT));
         if (model >= most) model = 0;
-        lane.widen[k] = record >> 6 << 23;
+        lane.gain[k] = record_gain(record);
+        lane.before[k] = 0;
+        lane.widen[k] = record_shift(record) << 23;
         lane.lut[k] = model * SLOTS;
         const uint32_t origin = row.mode == EXACT ? LOSSY : 0;
         lane.fc[k] = coder.models->first[origin + model] - coder.models->first[origin];
-        if (row.mode == EXACT) {
-            lane.anchor[k] = blob[row.side + channel + k];
-        } else {
-            lane.anchor[k] = -static_cast<int32_t>(coder.models->support[model]);
-            if (row.mode == ANCHORED) {
-                lane.anchor[k] += reinterpret_cast<const int16_t *>(blob + row.side)[channel + k];
-            }
-        }
+        lane.less[k] = row.mode == EXACT ? 0 : coder.models->support[model];
+        lane.anchor[k] = row.mode == EXACT      ? blob[row.side + channel + k]
+                         : row.mode == ANCHORED ? reinterpret_cast<const int16_t *>(blob + row.side)[channel + k]
+                                                : 0;
     }
     return known;
 }
+
+LMC_HD bool state_fits(uint32_t x) { return x >= 1u << 15 && x < 1u << 31; }
 
 LMC_HD uint32_t take_symbol(const Coder &coder, Lane &lane, uint32_t k) {
     const uint32_t slot = lane.x & (SLOTS - 1), symbol = coder.luts[lane.lut[k] + slot];
@@ -312,8 +323,19 @@ LMC_HD uint32_t take_symbol(const Coder &coder, Lane &lane, uint32_t k) {
     return symbol;
 }
 
-LMC_HD float quantised(const Lane &lane, uint32_t k, uint32_t symbol, uint32_t step) {
-    return static_cast<float>(static_cast<int32_t>(symbol) + lane.anchor[k]) * float_of(step + lane.widen[k]);
+// The part of a value that is predicted from the one before it.
+LMC_HD int32_t share(int32_t gain, int32_t before) { return (gain * before + 1) >> 1; }
+
+// PREDICTED: in a row that may have gains.
+template <bool PREDICTED>
+LMC_HD float quantised(Lane &lane, uint32_t k, uint32_t symbol, uint32_t step) {
+    int32_t r = static_cast<int32_t>(symbol) - lane.less[k];
+    if (PREDICTED) {
+        r += share(lane.gain[k], lane.before[k]);
+        lane.before[k] = r;
+        r += lane.anchor[k];
+    }
+    return static_cast<float>(r) * float_of(step + lane.widen[k]);
 }
 
 // The bits below the exponent, sign on top, of channels c and c + 1 of token t.

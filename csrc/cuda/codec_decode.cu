@@ -6,7 +6,7 @@
 namespace lmc_cuda {
 namespace {
 
-constexpr uint32_t OPEN_THREADS = 256, DECODE_THREADS = 512;
+constexpr uint32_t OPEN_THREADS = 256, DECODE_THREADS = 384;
 
 struct Decode {
     int64_t blobs[MAX_BLOBS], outs[MAX_BLOBS];
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(OPEN_THREADS) open_kernel(const __grid_constan
     __shared__ int32_t wrong;
     if (threadIdx.x == 0) {
         shared.end = 0;
-        wrong = 1;
+        wrong = LMC_CODEC_HEADER;
     }
     __syncthreads();
     const Header &header = *reinterpret_cast<const Header *>(blob);
@@ -39,13 +39,15 @@ __global__ void __launch_bounds__(OPEN_THREADS) open_kernel(const __grid_constan
     if (fits) {
         const uint64_t head = block_check(blob, 56, 0) + block_check(blob + 64, d.shape.rows_at() - 64, 14);
         const uint64_t whole = block_check(blob + start + 8, end - start - 8, 0);
-        if (threadIdx.x == 0 && head == header.check) {
-            wrong = 2;
-            const uint64_t check = *reinterpret_cast<const uint64_t *>(blob + start);
-            if (check == whole && open_row(blob, d.shape, header, number, start, end, shared)) {
-                wrong = 0;
+        if (threadIdx.x == 0) {
+            Row row;
+            if (head != header.check || whole != *reinterpret_cast<const uint64_t *>(blob + start)) {
+                wrong = LMC_CODEC_CHECK;
+            } else if (!open_row(blob, d.shape, header, number, start, end, row)) {
+                wrong = LMC_CODEC_ROW;
             } else {
-                shared.end = 0;
+                shared = row;
+                wrong = 0;
             }
         }
         __syncthreads();
@@ -99,7 +101,9 @@ struct Tokens {
         } else {
             const bool each = KIND == WHOLE_PER_TOKEN || (KIND == QUANTISED && codes);
             const uint32_t scale = each ? step_of(__ldg(codes + t), base) : step;
-            const float low = quantised(lane, 0, symbols[0], scale), high = quantised(lane, 1, symbols[1], scale);
+            constexpr bool PREDICTED = KIND != WHOLE_PER_TOKEN;
+            const float low = quantised<PREDICTED>(lane, 0, symbols[0], scale);
+            const float high = quantised<PREDICTED>(lane, 1, symbols[1], scale);
             if (KIND != QUANTISED) {
                 *reinterpret_cast<__nv_bfloat162 *>(to) = __floats2bfloat162_rn(low, high);
                 return;
@@ -126,7 +130,7 @@ __device__ __forceinline__ bool decode_tile(const Decode &d, const Coder &coder,
     lane.x = reinterpret_cast<const uint32_t *>(blob + start)[l];
     const uint8_t *const remainder = blob + start + 128;
     start += 128 + (KIND == EXACTLY ? d.shape.remainder_bytes(m) : 0);
-    if (!__all_sync(~0u, good && start <= end)) return false;
+    if (!__all_sync(~0u, good && start <= end && state_fits(lane.x))) return false;
     const auto *words = reinterpret_cast<const uint16_t *>(blob + start);
     const auto *const limit = reinterpret_cast<const uint16_t *>(blob + end);
     out += uint64_t{row.n_raw + first} * stride + channel * d.shape.item();
@@ -167,7 +171,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, KIND == WHOLE_ANCHORED ? 3 : 2
             } else {
                 good = decode_tile<KIND == EXACTLY ? EXACTLY : QUANTISED>(d, coder, row, blob, out, range, group);
             }
-            if (!good && threadIdx.x % LANES == 0) d.status[index] = 3;
+            if (!good && threadIdx.x % LANES == 0) d.status[index] = LMC_CODEC_TILE;
         }
     }
 }
@@ -182,7 +186,7 @@ int64_t launch_decode(const Decode &d, int32_t ctas, cudaStream_t stream) {
     LMC_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
     // Few tiles: small blocks, so that every multiprocessor gets some.
     uint32_t threads = DECODE_THREADS;
-    while (threads > 64 && d.items * LANES < threads * static_cast<uint32_t>(processors)) threads /= 2;
+    while (threads > 96 && d.items * LANES < threads * static_cast<uint32_t>(processors)) threads /= 2;
     LMC_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, static_cast<int>(threads), bytes));
     const uint32_t useful = (d.items * LANES + threads - 1) / threads;
     uint32_t grid = static_cast<uint32_t>(processors * (fit > 0 ? fit : 1));
@@ -196,12 +200,12 @@ int64_t launch_decode(const Decode &d, int32_t ctas, cudaStream_t stream) {
 
 using namespace lmc_cuda;
 
-extern "C" int64_t lmc_cuda_codec_decode(int32_t device, const lmc_codec_shape *wanted, uint64_t tables,
+extern "C" int64_t lmc_cuda_codec_decode(int32_t device, const lmc_codec *codec, uint64_t tables,
                                          const int64_t *blobs, const int64_t *lengths, const int64_t *outs,
-                                         int64_t count, int64_t first_layer, int64_t layers, int64_t scratch,
+                                         int64_t count, int32_t first_layer, int32_t layers, int64_t scratch,
                                          int64_t scratch_bytes, int64_t status, int32_t ctas, uint64_t stream) {
     Shape shape;
-    if (!shape_of(wanted, shape) || count < 0 || first_layer < 0 || layers < 1 || first_layer + layers > shape.layers) {
+    if (!shape_of(codec, shape) || count < 0 || first_layer < 0 || layers < 1 || layers > codec->layers - first_layer) {
         return -EINVAL;
     }
     const uint32_t rows = static_cast<uint32_t>(layers) * shape.planes;

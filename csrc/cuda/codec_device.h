@@ -13,10 +13,11 @@ constexpr int64_t MAX_BLOBS = 64;  // of one launch
 static __device__ const Models DEVICE_MODELS = make_models();
 
 // The shape as the kernels have it; false if it cannot be coded, or is too large.
-inline bool shape_of(const lmc_codec_shape *given, Shape &shape) {
-    shape = {given->dtype, given->layers, given->planes, given->tokens, given->channels};
+inline bool shape_of(const lmc_codec *given, Shape &shape) {
+    shape = {given->dtype, static_cast<uint32_t>(given->layers), static_cast<uint32_t>(given->planes),
+             static_cast<uint32_t>(given->tokens), static_cast<uint32_t>(given->channels)};
     if (given->dtype < D_BF16 || given->dtype > D_E5M2 || given->layers < 1 || given->layers > 1024 ||
-        given->planes < 1 || given->planes > 2 || given->tokens < 1 || given->tokens > MAX_TOKENS ||
+        given->planes < 1 || given->planes > 2 || given->tokens < 1 || given->tokens > int32_t{MAX_TOKENS} ||
         given->channels < 1 || given->channels > 16384) {
         return false;
     }

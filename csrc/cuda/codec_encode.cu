@@ -19,13 +19,15 @@ struct Encode {
     int64_t chunks[MAX_BLOBS], outs[MAX_BLOBS];
     Shape shape;
     uint64_t tables;
-    const uint8_t *modes;
-    const int16_t *offsets;
-    int64_t *lengths;
+    int64_t *sizes;
+    int32_t *raw_rows;
     uint32_t count, level, tile_tokens, stride;  // stride: of tiles in scratch memory
     int32_t n_raw;
     Divisor rows, tokens, groups, each_tiles;
-    // Scratch memory, for every blob and row:
+    // Scratch memory. Of every row, whatever the blob:
+    uint8_t *modes;
+    int16_t *offsets;
+    // Of every blob and row:
     uint64_t *sums, *totals;        // [token]; of an ANCHORED row
     Plan *plans;
     int32_t *exponents;             // [token]
@@ -62,7 +64,7 @@ __device__ __forceinline__ void load_pair(const Encode &e, const uint8_t *row, u
     const uint8_t *at = row + (token * e.shape.channels + c) * item;
     bits[0] = bits[1] = 0;
     if (DTYPE == D_BF16 && e.shape.channels % 2 == 0) {
-        if (c < e.shape.channels) bits[0] = *reinterpret_cast<const uint32_t *>(at);
+        if (c < e.shape.channels) bits[0] = __ldg(reinterpret_cast<const uint32_t *>(at));
         bits[1] = bits[0] >> 16;
         bits[0] &= 0xffff;
         return;
@@ -108,15 +110,20 @@ __global__ void __launch_bounds__(BLOCK) tokens_kernel(const __grid_constant__ E
 __global__ void __launch_bounds__(BLOCK) sinks_kernel(const __grid_constant__ Encode e) {
     uint32_t n_raw = static_cast<uint32_t>(e.n_raw);
     if (e.n_raw < 0) {
-        uint64_t votes = 0;
+        uint64_t votes = 0;  // 16 bits for each token
         if (e.shape.planes == 2 && e.shape.tokens >= 32) {
             for (uint32_t layer = threadIdx.x; layer < e.shape.layers; layer += BLOCK) {
                 const uint32_t row = 2 * layer + 1, at = (blockIdx.x * e.rows.d + row) * e.shape.tokens;
-                if (e.modes[row] == PER_TOKEN) votes += sink_vote(e.exponents + at, e.sums + at, e.shape);
+                if (e.modes[row] != PER_TOKEN) continue;
+                const uint32_t found = sink_votes(e.exponents + at, e.sums + at, e.shape);
+                for (uint32_t t = 0; t < VOTED; ++t) votes += uint64_t{found >> t & 1} << 16 * t;
             }
         }
         votes = block_sum(votes);
-        n_raw = e.shape.planes == 2 && e.shape.tokens >= 32 && 2 * votes >= e.shape.layers ? 4 : 0;
+        n_raw = 0;
+        for (uint32_t t = 0; t < VOTED; ++t) {
+            if (2 * (votes >> 16 * t & 0xffff) >= e.shape.layers) n_raw = t + 1;
+        }
     }
     if (threadIdx.x == 0) e.sinks[blockIdx.x] = min(n_raw, e.shape.tokens);
 }
@@ -193,7 +200,7 @@ __global__ void __launch_bounds__(BLOCK) channels_kernel(const __grid_constant__
     const Place p = place_of(e, index);
     const uint32_t mode = e.plans[p.at].mode, n_raw = e.sinks[p.blob], n = e.shape.tokens - n_raw;
     if (e.plans[p.at].raw) return;
-    Sums sums[2] = {{0, 0, INT32_MAX, INT32_MIN}, {0, 0, INT32_MAX, INT32_MIN}};
+    Sums sums[2] = {no_sums(), no_sums()};
     uint32_t top[2] = {}, lowest[2] = {255, 255}, fields[2] = {};
     const uint32_t *const inverses = e.inverses + p.at * e.shape.tokens;
 #pragma unroll 4
@@ -203,7 +210,7 @@ __global__ void __launch_bounds__(BLOCK) channels_kernel(const __grid_constant__
         const float inverse = mode == EXACT ? 0 : float_of(inverses[t]);
         for (uint32_t k = 0; k < 2; ++k) {
             if (mode != EXACT) {
-                add(sums[k], rint_of(value_of<DTYPE>(e, bits[k]) * inverse));
+                add(sums[k], rint_of(value_of<DTYPE>(e, bits[k]) * inverse), t == n_raw);
             } else {
                 const uint32_t field = field_of(e.shape, bits[k]);
                 top[k] = max(top[k], field);
@@ -216,7 +223,7 @@ __global__ void __launch_bounds__(BLOCK) channels_kernel(const __grid_constant__
         Channel channel = {0, 0, 0};
         if (c + k < e.shape.channels) {
             channel = mode == EXACT ? exact_channel(DEVICE_MODELS, top[k], lowest[k], fields[k], n)
-                                    : quantised_channel(DEVICE_MODELS, sums[k], n, mode == ANCHORED);
+                                    : quantised_channel(DEVICE_MODELS, sums[k], n, mode == ANCHORED, n > e.tile_tokens);
         }
         e.channels[p.at * e.groups.d * GROUP + c + k] = channel;
         if (channel.raw) e.plans[p.at].raw = 1;
@@ -244,24 +251,33 @@ __global__ void __launch_bounds__(BLOCK) tiles_kernel(const __grid_constant__ En
     uint8_t *const out = e.coded + uint64_t{p.at * e.each_tiles.d + tile} * e.stride;
     auto *const words = reinterpret_cast<uint16_t *>(out);
     Model models[2];
-    bool inside[2];
     for (uint32_t k = 0; k < 2; ++k) {
         const Channel channel = e.channels[p.at * e.groups.d * GROUP + c + k];
         models[k] = model_of(DEVICE_MODELS, fc, multiplier, channel, lossless);
-        inside[k] = c + k < e.shape.channels;
     }
-    const uint32_t *const inverses = e.inverses + p.at * e.shape.tokens;
-    uint32_t x = 1u << 15, at = e.stride / 2;
-#pragma unroll 4
-    for (uint32_t t = m; t-- > 0;) {
+    const uint32_t *const inverses = e.inverses + p.at * e.shape.tokens + first;
+    const auto load = [&](uint32_t t, int32_t (&r)[2]) {
         uint32_t bits[2];
         load_pair<DTYPE>(e, p.elements, first + t, c, bits);
-        const uint32_t inverse = lossless ? 0 : inverses[first + t];
+        const uint32_t inverse = lossless ? 0 : __ldg(inverses + t);
+        for (int k = 0; k < 2; ++k) {
+            r[k] = lossless ? models[k].anchor - static_cast<int32_t>(field_of(e.shape, bits[k]))
+                            : residual_of(models[k], value_of<DTYPE>(e, bits[k]), inverse);
+        }
+    };
+    uint32_t x = 1u << 15, at = e.stride / 2;
+    int32_t r[2], before[2] = {};
+    load(m - 1, r);
+#pragma unroll 4
+    for (uint32_t t = m; t-- > 0;) {
+        if (t) {
+            load(t - 1, before);
+        } else {
+            before[0] = before[1] = 0;
+        }
 #pragma unroll
         for (int k = 1; k >= 0; --k) {
-            uint32_t symbol = lossless ? models[k].less - field_of(e.shape, bits[k])
-                                       : symbol_of(models[k], value_of<DTYPE>(e, bits[k]), inverse);
-            if (!inside[k]) symbol = static_cast<uint32_t>(-models[k].less);
+            const uint32_t symbol = symbol_of(models[k], r[k], before[k]);
             const bool emit = must_emit(models[k], symbol, x);
             const uint32_t mask = __ballot_sync(~0u, emit);
             at -= __popc(mask);
@@ -270,6 +286,7 @@ __global__ void __launch_bounds__(BLOCK) tiles_kernel(const __grid_constant__ En
                 x >>= 16;
             }
             x = put_symbol(models[k], symbol, x);
+            r[k] = before[k];
         }
     }
     reinterpret_cast<uint32_t *>(out)[l] = x;
@@ -351,10 +368,14 @@ __global__ void __launch_bounds__(BLOCK) headers_kernel(const __grid_constant__ 
             ends[i] = begin + before + plans[i].length;
         });
     for (uint32_t i = e.rows.d + threadIdx.x; i < (begin - 64) / 4; i += BLOCK) ends[i] = 0;
+    uint64_t unasked = 0;
+    for (uint32_t i = threadIdx.x; i < e.rows.d; i += BLOCK) unasked += plans[i].raw && e.modes[i] != RAW;
+    unasked = block_sum(unasked);
     auto *const header = reinterpret_cast<Header *>(out);
     if (threadIdx.x == 0) {
         *header = header_of(e.shape, e.level, e.tile_tokens, e.sinks[blockIdx.x], total, e.tables);
-        e.lengths[blockIdx.x] = total;
+        e.sizes[blockIdx.x] = total;
+        e.raw_rows[blockIdx.x] = static_cast<int32_t>(unasked);
     }
     __syncthreads();
     const uint64_t check = block_check(out, 56, 0) + block_check(out + 64, begin - 64, 14);
@@ -452,6 +473,8 @@ uint64_t lay_out(Encode &e, uint64_t scratch) {
         at += (count * sizeof(*out) + 255) & ~255ull;
     };
     const uint64_t rows = uint64_t{e.count} * e.rows.d, tokens = rows * e.tokens.d;
+    part(e.modes, e.rows.d);
+    part(e.offsets, e.rows.d);
     part(e.sums, tokens);
     part(e.totals, rows);
     part(e.plans, rows);
@@ -492,47 +515,54 @@ int64_t lmc_cuda_codec_numbers(int32_t *out, int64_t room) {
     return COUNT;
 }
 
-int64_t lmc_cuda_codec_scratch(const lmc_codec_shape *wanted, int64_t count, int32_t encode, int64_t tile_tokens) {
+int64_t lmc_cuda_codec_scratch(const lmc_codec *codec, int64_t count, int32_t encode) {
     Shape shape;
-    if (!shape_of(wanted, shape) || count < 0) return -EINVAL;
+    if (!shape_of(codec, shape) || count < 0) return -EINVAL;
     if (!encode) return static_cast<int64_t>(sizeof(Row)) * shape.rows() * count;
-    if (tile_tokens < 1 || tile_tokens > MAX_TOKENS) return -EINVAL;
-    Encode e = encode_of(shape, count, tile_tokens);
+    if (codec->tile_tokens < 1 || codec->tile_tokens > int32_t{MAX_TOKENS}) return -EINVAL;
+    Encode e = encode_of(shape, count, codec->tile_tokens);
     return static_cast<int64_t>(lay_out(e, 0));
 }
 
-int64_t lmc_cuda_codec_encode(int32_t device, const lmc_codec_shape *wanted, uint64_t tables,
-                              const lmc_codec_coding *coding, const int64_t *chunks, const int64_t *outs, int64_t count,
-                              int64_t scratch, int64_t scratch_bytes, int64_t lengths, uint64_t stream) {
+int64_t lmc_cuda_codec_encode(int32_t device, const lmc_codec *codec, uint64_t tables, const int64_t *chunks,
+                              const int64_t *outs, int64_t count, int64_t scratch, int64_t scratch_bytes,
+                              int64_t sizes, int64_t raw_rows, uint64_t stream) {
     Shape shape;
-    if (!shape_of(wanted, shape) || count < 0 || coding->tile_tokens < 1 || coding->tile_tokens > int32_t{MAX_TOKENS} ||
-        coding->n_raw < -1 || coding->n_raw > int32_t{MAX_RAW} || coding->level < 0 || coding->level > 255) {
+    if (!shape_of(codec, shape) || count < 0 || codec->tile_tokens < 1 || codec->tile_tokens > int32_t{MAX_TOKENS} ||
+        codec->n_raw < -1 || codec->n_raw > int32_t{MAX_RAW} || codec->level < 0 || codec->level > 255) {
         return -EINVAL;
+    }
+    for (uint32_t i = 0; i < shape.rows(); ++i) {
+        if (codec->modes[i] > EXACT || codec->offsets[i] < -160 || codec->offsets[i] > 32) return -EINVAL;
     }
     for (int64_t i = 0; i < count; ++i) {
         if (chunks[i] % 16 || outs[i] % 16) return -EINVAL;
     }
-    Encode e = encode_of(shape, count, coding->tile_tokens);
-    if (scratch % 256 || lay_out(e, static_cast<uint64_t>(scratch)) > static_cast<uint64_t>(scratch_bytes) ||
-        uint64_t{e.count} * e.rows.d * e.tokens.d * (e.each_tiles.d + 1) >= uint64_t{1} << 40) {
+    Encode e = encode_of(shape, count, codec->tile_tokens);
+    const uint64_t most = e.tokens.d > e.each_tiles.d ? e.tokens.d : e.each_tiles.d;
+    if (scratch % 256 || scratch_bytes < 0 || uint64_t{e.count} * e.rows.d * most >= uint64_t{1} << 31 ||
+        lay_out(e, static_cast<uint64_t>(scratch)) > static_cast<uint64_t>(scratch_bytes)) {
         return -EINVAL;
     }
+    if (!count) return 0;
     const OnDevice on(device);
     if (on.error) return on.error;
+    const cudaStream_t queue = stream_of(stream);
+    // Pageable memory is read before such a copy returns.
+    LMC_TRY(cudaMemcpyAsync(e.modes, codec->modes, shape.rows(), cudaMemcpyHostToDevice, queue));
+    LMC_TRY(cudaMemcpyAsync(e.offsets, codec->offsets, shape.rows() * sizeof(int16_t), cudaMemcpyHostToDevice, queue));
     e.tables = tables;
-    e.level = static_cast<uint32_t>(coding->level);
-    e.n_raw = coding->n_raw;
-    e.modes = reinterpret_cast<const uint8_t *>(coding->modes);
-    e.offsets = reinterpret_cast<const int16_t *>(coding->offsets);
+    e.level = static_cast<uint32_t>(codec->level);
+    e.n_raw = codec->n_raw;
     for (int64_t first = 0; first < count; first += MAX_BLOBS) {
         e.count = static_cast<uint32_t>(count - first < MAX_BLOBS ? count - first : MAX_BLOBS);
         for (uint32_t i = 0; i < e.count; ++i) {
             e.chunks[i] = chunks[first + i];
             e.outs[i] = outs[first + i];
         }
-        e.lengths = reinterpret_cast<int64_t *>(lengths) + first;
-        const int64_t bad = shape.dtype == D_BF16 ? launch_encode<D_BF16>(e, stream_of(stream))
-                                                  : launch_encode<-1>(e, stream_of(stream));
+        e.sizes = reinterpret_cast<int64_t *>(sizes) + first;
+        e.raw_rows = reinterpret_cast<int32_t *>(raw_rows) + first;
+        const int64_t bad = shape.dtype == D_BF16 ? launch_encode<D_BF16>(e, queue) : launch_encode<-1>(e, queue);
         if (bad) return bad;
     }
     return 0;

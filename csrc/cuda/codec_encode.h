@@ -26,9 +26,9 @@ LMC_HD int32_t rint_of(float x) {
 
 LMC_HD float power_of_two(int32_t k) { return float_of(static_cast<uint32_t>(k + 127) << 23); }
 
-// x in units of 2^(exponent - 13).
+// x in units of 2^(exponent - 13). Exponents below -100 are those of tokens that are coded as zeros.
 LMC_HD int32_t fixed_of(float x, int32_t exponent) {
-    return rint_of(x * power_of_two(13 - (exponent < -80 ? -80 : exponent)));
+    return rint_of(x * power_of_two(13 - (exponent < -100 ? -100 : exponent)));
 }
 
 // 32 log2 v, rounded down.
@@ -69,21 +69,28 @@ LMC_HD int32_t anchored_code(uint64_t total, uint32_t n, const Shape &shape, int
 }
 
 LMC_HD int32_t token_code(uint64_t sum, int32_t token_exponent, const Shape &shape, int32_t offset, int32_t base) {
-    if (token_exponent == NO_EXPONENT) return 0;
+    if (token_exponent < base + 28 - 40) return 0;
     return step_code(lg(sum) - lg(shape.channels), offset, token_exponent, base);
 }
 
 // What is known of a channel of n tokens before it is coded.
 struct Sums {
-    int64_t q1, q2;
-    int32_t low, high;
+    int64_t q1, q2, energy;                     // energy: of the differences between neighbours
+    int32_t low, high, widest, first, before;  // widest: largest difference
 };
 
-LMC_HD void add(Sums &sums, int32_t q) {
+LMC_HD Sums no_sums() { return {0, 0, 0, INT32_MAX, INT32_MIN, 0, 0, 0}; }
+
+LMC_HD void add(Sums &sums, int32_t q, bool first) {
+    const int32_t step = first ? 0 : q - sums.before, size = step < 0 ? -step : step;
     sums.q1 += q;
-    sums.q2 += static_cast<uint64_t>(static_cast<int64_t>(q) * q);
+    sums.q2 += static_cast<int64_t>(q) * q;
+    sums.energy += static_cast<int64_t>(step) * step;
     sums.low = q < sums.low ? q : sums.low;
     sums.high = q > sums.high ? q : sums.high;
+    sums.widest = size > sums.widest ? size : sums.widest;
+    sums.first = first ? q : sums.first;
+    sums.before = q;
 }
 
 // A channel as it will be coded: `anchor` is the largest exponent field where the row is EXACT.
@@ -92,22 +99,37 @@ struct Channel {
     uint8_t record, raw;
 };
 
-LMC_HD Channel quantised_channel(const Models &models, const Sums &sums, uint32_t n, bool anchored) {
+LMC_HD int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+
+// `several`: the row has more than one range of tokens.
+LMC_HD Channel quantised_channel(const Models &models, const Sums &sums, uint32_t n, bool anchored, bool several) {
     if (sums.low < -32767 || sums.high > 32767) return {0, 0, 1};
     const int64_t twice = 2 * sums.q1 + n, whole = 2 * static_cast<int64_t>(n);
     const auto a = static_cast<int32_t>(!anchored ? 0 : twice >= 0 ? twice / whole : -((whole - 1 - twice) / whole));
-    const int32_t reach = sums.high - a > a - sums.low ? sums.high - a : a - sums.low;
+    const int32_t reach = larger(sums.high - a, a - sums.low);
     if (reach > 125 << 3) return {0, 0, 1};
     const int32_t shift = reach <= 127 ? 0 : 1 + (reach > 250) + (reach > 500);
-    const int64_t moment = (n * sums.q2 - (anchored ? sums.q1 * sums.q1 : 0)) << 8;
-    int32_t model = 0;
-    for (int32_t k = 0; k < LOSSY - 1; ++k) {
-        model += moment > (static_cast<int64_t>(models.variance[k]) * n * n) << 2 * shift;
+    const int64_t square = static_cast<int64_t>(n) * n, energy = n * sums.energy;
+    int64_t moment = n * sums.q2 - (anchored ? sums.q1 * sums.q1 : 0);
+    int32_t needed = shift ? (reach >> shift) + 2 : reach;
+    uint32_t gain = 0;
+    if (anchored && !shift) {
+        const int32_t first = several ? reach : larger(sums.first - a, a - sums.first);
+        const int64_t moments[2] = {(2 * moment + 4 * energy + square) >> 3, energy};
+        const int32_t needs[2] = {larger(first, (reach + sums.widest + 1) >> 1), larger(first, sums.widest)};
+        LMC_UNROLL
+        for (int g = 0; g < 2; ++g) {
+            if (needs[g] > 127 || moments[g] >= moment) continue;
+            moment = moments[g];
+            needed = needs[g];
+            gain = g + 1;
+        }
     }
-    const int32_t needed = shift ? (reach >> shift) + 2 : reach;
+    int32_t model = 0;
+    for (int32_t k = 0; k < LOSSY - 1; ++k) model += moment << 8 > (models.variance[k] * square) << 2 * shift;
     while (models.support[model] < needed) ++model;
     const int32_t anchor = shift ? (a + (1 << (shift - 1))) >> shift : a;
-    return {static_cast<int16_t>(anchor), static_cast<uint8_t>(model | shift << 6), 0};
+    return {static_cast<int16_t>(anchor), static_cast<uint8_t>(record_of(model, gain, shift)), 0};
 }
 
 LMC_HD Channel exact_channel(const Models &models, uint32_t top, uint32_t lowest, uint64_t fields, uint32_t n) {
@@ -131,20 +153,27 @@ LMC_HD uint32_t remainder_of(const Shape &shape, uint32_t bits) {
 // Where the reciprocals of a channel's model are, and what makes a symbol's number of a quantised value.
 struct Model {
     const uint32_t *fc, *multiplier;
-    int32_t less;     // anchor - S
+    int32_t less;     // S; of EXACT rows nothing
+    int32_t anchor;   // of EXACT rows, the largest exponent field
+    int32_t gain;
     uint32_t narrow;  // shift << 23, taken off the inverse step
 };
 
 // `fc` and `multiplier` are those of `models`, in fast memory perhaps.
 LMC_HD Model model_of(const Models &models, const uint32_t *fc, const uint32_t *multiplier, const Channel &channel,
                       bool exact) {
-    const uint32_t model = (channel.record & 63) + (exact ? LOSSY : 0), first = models.first[model];
-    return {fc + first, multiplier + first, channel.anchor - (exact ? 0 : models.support[model]),
-            static_cast<uint32_t>(channel.record >> 6 << 23)};
+    const uint32_t model = record_model(channel.record) + (exact ? LOSSY : 0), first = models.first[model];
+    return {fc + first,     multiplier + first,          exact ? 0 : models.support[model],
+            channel.anchor, record_gain(channel.record), record_shift(channel.record) << 23};
 }
 
-LMC_HD uint32_t symbol_of(const Model &model, float x, uint32_t inverse) {
-    return static_cast<uint32_t>(rint_of(x * float_of(inverse - model.narrow)) - model.less);
+LMC_HD int32_t residual_of(const Model &model, float x, uint32_t inverse) {
+    return rint_of(x * float_of(inverse - model.narrow)) - model.anchor;
+}
+
+// Number of the symbol of r in its model, `before` the one before it in its tile.
+LMC_HD uint32_t symbol_of(const Model &model, int32_t r, int32_t before) {
+    return static_cast<uint32_t>(r - share(model.gain, before) + model.less);
 }
 
 LMC_HD bool must_emit(const Model &model, uint32_t symbol, uint32_t x) { return x >= (model.fc[symbol] & 0xfff) << 20; }
@@ -164,15 +193,22 @@ LMC_HD void put_remainder(uint8_t *section, uint32_t mantissa, uint32_t m, uint3
     }
 }
 
-// Whether a row of plane 1 says that the chunk begins a sequence, from the exponents and sums of all its tokens.
-LMC_HD bool sink_vote(const int32_t *exponents, const uint64_t *sums, const Shape &shape) {
-    int32_t largest = NO_EXPONENT, exponent;
-    for (uint32_t t = 0; t < shape.tokens; ++t) largest = exponents[t] > largest ? exponents[t] : largest;
-    if (!row_exponent(largest, shape.dtype, exponent) || exponents[0] == NO_EXPONENT) return exponents[0] == NO_EXPONENT;
+constexpr uint32_t VOTED = 4;
+
+// Which of the first tokens are sinks, says a row of plane 1: bit i for token i, from what is known of all its tokens.
+LMC_HD uint32_t sink_votes(const int32_t *exponents, const uint64_t *sums, const Shape &shape) {
+    int32_t largest = NO_EXPONENT, exponent, others = 0;
+    for (uint32_t t = 0; t < shape.tokens; ++t) largest = larger(largest, exponents[t]);
+    const bool known = row_exponent(largest, shape.dtype, exponent);
     const int32_t base = exponent - 28;
-    int32_t others = 0;
-    for (uint32_t t = 8; t < 24; ++t) others += token_code(sums[t], exponents[t], shape, 0, base);
-    return 16 * token_code(sums[0], exponents[0], shape, 0, base) + 16 * 12 <= others;
+    for (uint32_t t = 8; t < 24 && known; ++t) others += token_code(sums[t], exponents[t], shape, 0, base);
+    uint32_t votes = 0;
+    for (uint32_t t = 0; t < VOTED; ++t) {
+        const bool sink = exponents[t] == NO_EXPONENT ||
+                          (known && 16 * token_code(sums[t], exponents[t], shape, 0, base) + 16 * 8 <= others);
+        votes |= static_cast<uint32_t>(sink) << t;
+    }
+    return votes;
 }
 
 // Sections of a coded row: bytes before its first tile.

@@ -100,7 +100,7 @@ LMC_HD bool vector_at(const Tile &tile, uint32_t width, uint32_t v, Vector &out)
 // The rotation of 16-byte vectors. For halves (i, i + n / 2), the vector of the lower half brings its partner along.
 enum class Role { COPY, PAIRS, LOWER, UPPER };
 
-LMC_HD uint32_t element_size(int32_t dtype) { return dtype == LMC_FP32 ? 4 : 2; }
+LMC_HD uint32_t element_size(int32_t dtype) { return dtype == LMC_F32 ? 4 : 2; }
 
 // `first` is the vector's first element in its head.
 LMC_HD Role role_at(const lmc_rope &rope, uint32_t in_run, uint32_t &first) {
@@ -117,14 +117,14 @@ struct alignas(16) Words {
 
 template <int32_t DTYPE>
 LMC_HD float element(const Words &v, uint32_t i) {
-    if (DTYPE == LMC_FP32) return float_of(v.w[i]);
+    if (DTYPE == LMC_F32) return float_of(v.w[i]);
     const uint32_t bits = v.w[i / 2] >> i % 2 * 16 & 0xffffu;
     return DTYPE == LMC_BF16 ? Bf16::load(bits) : Fp16::load(bits);
 }
 
 template <int32_t DTYPE>
 LMC_HD void set_element(Words &v, uint32_t i, float value) {
-    if (DTYPE == LMC_FP32) {
+    if (DTYPE == LMC_F32) {
         v.w[i] = bits_of(value);
     } else {
         const uint32_t bits = DTYPE == LMC_BF16 ? Bf16::store(value) : Fp16::store(value), shift = i % 2 * 16;
@@ -143,7 +143,7 @@ LMC_HD void rotate_pair(const float *turn, Words &a, uint32_t i, Words &b, uint3
 
 template <int32_t DTYPE>
 LMC_HD void rotate_vectors(const float *turns, bool pairs, uint32_t turning, Words &low, Words &high) {
-    constexpr uint32_t EACH = DTYPE == LMC_FP32 ? 4 : 8;
+    constexpr uint32_t EACH = DTYPE == LMC_F32 ? 4 : 8;
     LMC_UNROLL
     for (uint32_t i = 0; i < EACH; ++i) {
         if (!pairs) rotate_pair<DTYPE>(turns + 2 * i, low, i, high, i);
@@ -157,8 +157,8 @@ LMC_HD void rotate(const lmc_rope &rope, const float *turns, Role role, uint32_t
     const uint32_t turning = rope.rotary_dims - first;
     turns += pairs ? first : 2 * first;
     if (rope.dtype == LMC_BF16) rotate_vectors<LMC_BF16>(turns, pairs, turning, low, high);
-    if (rope.dtype == LMC_FP16) rotate_vectors<LMC_FP16>(turns, pairs, turning, low, high);
-    if (rope.dtype == LMC_FP32) rotate_vectors<LMC_FP32>(turns, pairs, turning, low, high);
+    if (rope.dtype == LMC_F16) rotate_vectors<LMC_F16>(turns, pairs, turning, low, high);
+    if (rope.dtype == LMC_F32) rotate_vectors<LMC_F32>(turns, pairs, turning, low, high);
 }
 
 // -- on the host: check a call and cut it into batches --
@@ -256,7 +256,7 @@ inline int64_t check(const Call &call) {
         if (!(call.skip_negative && id == -1) && (id < 0 || id >= call.num_blocks)) return 1 + i;
     }
     if (const lmc_rope *rope = call.rope) {
-        if (rope->dtype < LMC_BF16 || rope->dtype > LMC_FP32 || rope->head_dims < 1 || rope->rotary_dims < 2 ||
+        if (rope->dtype < LMC_BF16 || rope->dtype > LMC_F32 || rope->head_dims < 1 || rope->rotary_dims < 2 ||
             rope->rotary_dims > rope->head_dims || !rope->table) {
             return -EINVAL;
         }

@@ -45,10 +45,17 @@ struct EncodeTile {
 struct Measure {
     int64_t q1[GROUP], q2[GROUP];
     int32_t low[GROUP], high[GROUP];
+    // Of neighbouring tokens: largest difference and sum of squared ones; and the first token.
+    int32_t widest[GROUP], first[GROUP];
+    uint32_t energy[GROUP];
 };
 struct Channels {
     int32_t anchor[GROUP];  // mode 3: top
     int32_t shift[GROUP];
+    // (gain * r + 1) >> 1 as (r + round) >> halve: 1 and 1 for gain 1, 0 and 0 for gain 2; for gain 0, 2^30 and 31, which
+    // leaves 0 of any r.
+    int32_t round[GROUP], halve[GROUP];
+    int32_t previous[GROUP];  // decoding: r of the token before
     float scale[GROUP];    // decoding: step * 2^shift, encoding: inverse * 2^-shift (mode 2: the power only)
     int32_t entry[GROUP];  // the table; for the kernels, where it begins
 };
@@ -59,11 +66,12 @@ struct Values {
     uint32_t (*peak)(const void *in, int64_t count);  // largest |x|, as bits
     uint64_t (*energy)(const void *in, int64_t count, float scale);
     uint64_t (*spread)(const void *in, int64_t stride, int tokens, float scale);
-    void (*measure)(const void *in, int64_t stride, int tokens, const float *token_scale, Measure *out);
-    void (*quantise)(const void *in, int64_t stride, int tokens, const float *token_scale, const Channels *channels,
-                     uint16_t *entries);
-    void (*restore)(const int16_t *symbols, int tokens, const float *token_scale, const Channels *channels, void *out,
-                    int64_t stride);
+    // The rest twice: without and with prediction from the token before. `begins`: the first token has none.
+    void (*measure[2])(const void *in, int64_t stride, int tokens, const float *token_scale, Measure *out);
+    void (*quantise[2])(const void *in, int64_t stride, int tokens, bool begins, const float *token_scale,
+                        const Channels *channels, uint16_t *entries);
+    void (*restore[2])(const int16_t *symbols, int tokens, const float *token_scale, Channels *channels, void *out,
+                       int64_t stride);
 };
 // Lossless. `rest`: the tile's remainder section; `at`: first token of the block within the tile of `tile` tokens.
 struct Bits {
@@ -80,6 +88,9 @@ struct Kernels {
     void (*check)(const uint8_t *data, int64_t words, uint64_t first, uint64_t *plain, uint64_t *weighted);
     void (*decode)(DecodeTile *tiles, int count, int tokens, const uint32_t *table);
     void (*encode)(EncodeTile *tiles, int count, int tokens, const uint32_t *table, const uint32_t *reciprocal);
+    // `decode` and `restore` of bfloat16 in one, or nullptr: outs[i] begins at the block's first token.
+    void (*decode_bf16)(DecodeTile *tiles, int count, int tokens, const uint32_t *table, bool predict,
+                        const float *token_scale, Channels *channels, uint16_t *const *outs, int64_t stride);
 };
 void encode_plain(EncodeTile *tiles, int count, int tokens, const uint32_t *table, const uint32_t *reciprocal);
 extern const Kernels portable;

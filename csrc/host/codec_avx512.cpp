@@ -18,9 +18,24 @@ namespace {
 inline __m512i load(const void *p) { return _mm512_loadu_si512(p); }
 inline unsigned count_of(__mmask16 mask) { return static_cast<unsigned>(__builtin_popcount(mask)); }
 
+// One step of 16 lanes: the entries decoded, and the states and the words moved on.
+inline __m512i step(__m512i &x, const uint16_t *&words, const uint32_t *first, const uint32_t *table) {
+    const __m512i slots = _mm512_set1_epi32(SLOTS - 1), freqs = _mm512_set1_epi32(0xfff), low = _mm512_set1_epi32(LOW);
+    const __m512i at = _mm512_add_epi32(_mm512_and_si512(x, slots), load(first));
+    const __m512i entry = _mm512_i32gather_epi32(at, table, 4);
+    const __m512i next =
+        _mm512_add_epi32(_mm512_mullo_epi32(_mm512_and_si512(entry, freqs), _mm512_srli_epi32(x, 11)),
+                         _mm512_and_si512(_mm512_srli_epi32(entry, 12), slots));
+    const __mmask16 mask = _mm512_cmplt_epu32_mask(next, low);
+    const __m512i fresh = _mm512_maskz_expand_epi32(
+        mask, _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(words))));
+    x = _mm512_or_si512(_mm512_mask_slli_epi32(next, mask, next, 16), fresh);
+    words += count_of(mask);
+    return entry;
+}
+
 template <int TILES>
 inline void decode_tiles(DecodeTile *tiles, int tokens, const uint32_t *table) {
-    const __m512i slots = _mm512_set1_epi32(SLOTS - 1), freqs = _mm512_set1_epi32(0xfff), low = _mm512_set1_epi32(LOW);
     __m512i x[TILES][2];
     const uint16_t *words[TILES];
     for (int i = 0; i < TILES; ++i) {
@@ -30,30 +45,18 @@ inline void decode_tiles(DecodeTile *tiles, int tokens, const uint32_t *table) {
     for (int token = 0; token < tokens; ++token) {
         __m512i even[TILES][2];
 #pragma GCC unroll 2
-        for (int odd = 0; odd < 2; ++odd) {
-#pragma GCC unroll 2
-            for (int k = 0; k < 2; ++k) {
+        for (int k = 0; k < 2; ++k) {
 #pragma GCC unroll 3
-                for (int i = 0; i < TILES; ++i) {
-                    const __m512i first = load((odd ? tiles[i].odd : tiles[i].even) + 16 * k);
-                    const __m512i at = _mm512_add_epi32(_mm512_and_si512(x[i][k], slots), first);
-                    const __m512i entry = _mm512_i32gather_epi32(at, table, 4);
-                    const __m512i next = _mm512_add_epi32(
-                        _mm512_mullo_epi32(_mm512_and_si512(entry, freqs), _mm512_srli_epi32(x[i][k], 11)),
-                        _mm512_and_si512(_mm512_srli_epi32(entry, 12), slots));
-                    const __mmask16 mask = _mm512_cmplt_epu32_mask(next, low);
-                    const __m512i fresh = _mm512_maskz_expand_epi32(
-                        mask, _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(words[i]))));
-                    x[i][k] = _mm512_or_si512(_mm512_mask_slli_epi32(next, mask, next, 16), fresh);
-                    words[i] += count_of(mask);
-                    if (!odd) {
-                        even[i][k] = _mm512_srai_epi32(entry, 24);
-                    } else {
-                        const __m512i pair =
-                            _mm512_mask_blend_epi16(0xaaaaaaaa, even[i][k], _mm512_srai_epi32(entry, 8));
-                        _mm512_storeu_si512(tiles[i].symbols + token * GROUP + 32 * k, pair);
-                    }
-                }
+            for (int i = 0; i < TILES; ++i) even[i][k] = step(x[i][k], words[i], tiles[i].even + 16 * k, table);
+        }
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
+#pragma GCC unroll 3
+            for (int i = 0; i < TILES; ++i) {
+                const __m512i odd = step(x[i][k], words[i], tiles[i].odd + 16 * k, table);
+                const __m512i pair =
+                    _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srai_epi32(even[i][k], 24), _mm512_srai_epi32(odd, 8));
+                _mm512_storeu_si512(tiles[i].symbols + token * GROUP + 32 * k, pair);
             }
         }
     }
@@ -71,6 +74,112 @@ void decode(DecodeTile *tiles, int count, int tokens, const uint32_t *table) {
     } else {
         decode_tiles<1>(tiles, tokens, table);
     }
+}
+
+// Symbols of 16 even or odd channels to fp32.
+struct alignas(64) Half {
+    int32_t round[16], halve[16], previous[16], anchor[16];
+    float scale[16];
+};
+template <bool PREDICT>
+inline __m512 value_of(__m512i entry, Half &half, __m512 token_scale) {
+    __m512i r = _mm512_srai_epi32(entry, 24);
+    if (PREDICT) {
+        const __m512i before = load(half.previous);
+        r = _mm512_add_epi32(r, _mm512_srav_epi32(_mm512_add_epi32(before, load(half.round)), load(half.halve)));
+        _mm512_store_si512(half.previous, r);
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(r, load(half.anchor))), _mm512_load_ps(half.scale));
+    }
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(r), _mm512_mul_ps(_mm512_load_ps(half.scale), token_scale));
+}
+
+// Rounded to nearest even; no value here is denormal. Even channels below odd ones.
+template <bool BF16>
+inline __m512i pack(__m512 even, __m512 odd);
+template <>
+inline __m512i pack<false>(__m512 even, __m512 odd) {
+    const __m512i bias = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
+    const __m512i a = _mm512_castps_si512(even), b = _mm512_castps_si512(odd);
+    const __m512i low = _mm512_add_epi32(_mm512_add_epi32(a, bias), _mm512_and_si512(_mm512_srli_epi32(a, 16), one));
+    const __m512i high = _mm512_add_epi32(_mm512_add_epi32(b, bias), _mm512_and_si512(_mm512_srli_epi32(b, 16), one));
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high);
+}
+#pragma GCC push_options
+#pragma GCC target("avx512bf16")
+template <>
+inline __m512i pack<true>(__m512 even, __m512 odd) {
+    alignas(64) static constexpr uint16_t ORDER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(load(ORDER), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even)));
+}
+
+template <int TILES, bool PREDICT, bool BF16>
+inline void decode_values(DecodeTile *tiles, int tokens, const uint32_t *table, const float *token_scale,
+                          Channels *channels, uint16_t *const *outs, int64_t stride) {
+    __m512i x[TILES][2];
+    const uint16_t *words[TILES];
+    Half halves[TILES][2][2];
+    for (int i = 0; i < TILES; ++i) {
+        words[i] = tiles[i].words;
+        for (int k = 0; k < 2; ++k) x[i][k] = load(tiles[i].x + 16 * k);
+        for (int c = 0; c < GROUP; ++c) {
+            Half &half = halves[i][c / 32][c % 2];
+            const int lane = c % 32 / 2;
+            half.round[lane] = channels[i].round[c];
+            half.halve[lane] = channels[i].halve[c];
+            half.previous[lane] = channels[i].previous[c];
+            half.anchor[lane] = channels[i].anchor[c];
+            half.scale[lane] = channels[i].scale[c];
+        }
+    }
+    for (int token = 0; token < tokens; ++token) {
+        const __m512 scale = _mm512_set1_ps(token_scale[token]);
+        __m512 even[TILES][2];
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
+#pragma GCC unroll 3
+            for (int i = 0; i < TILES; ++i) {
+                const __m512i entry = step(x[i][k], words[i], tiles[i].even + 16 * k, table);
+                even[i][k] = value_of<PREDICT>(entry, halves[i][k][0], scale);
+            }
+        }
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
+#pragma GCC unroll 3
+            for (int i = 0; i < TILES; ++i) {
+                const __m512i entry = step(x[i][k], words[i], tiles[i].odd + 16 * k, table);
+                const __m512 odd = value_of<PREDICT>(entry, halves[i][k][1], scale);
+                _mm512_storeu_si512(outs[i] + token * stride + 32 * k, pack<BF16>(even[i][k], odd));
+            }
+        }
+    }
+    for (int i = 0; i < TILES; ++i) {
+        tiles[i].words = words[i];
+        for (int k = 0; k < 2; ++k) _mm512_storeu_si512(tiles[i].x + 16 * k, x[i][k]);
+        for (int c = 0; c < GROUP; ++c) channels[i].previous[c] = halves[i][c / 32][c % 2].previous[c % 32 / 2];
+    }
+}
+
+template <bool PREDICT, bool BF16>
+void decode_flight(DecodeTile *tiles, int count, int tokens, const uint32_t *table, const float *token_scale,
+                   Channels *channels, uint16_t *const *outs, int64_t stride) {
+    if (count == 3) {
+        decode_values<3, PREDICT, BF16>(tiles, tokens, table, token_scale, channels, outs, stride);
+    } else if (count == 2) {
+        decode_values<2, PREDICT, BF16>(tiles, tokens, table, token_scale, channels, outs, stride);
+    } else {
+        decode_values<1, PREDICT, BF16>(tiles, tokens, table, token_scale, channels, outs, stride);
+    }
+}
+#pragma GCC pop_options
+
+const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
+
+void decode_bf16(DecodeTile *tiles, int count, int tokens, const uint32_t *table, bool predict, const float *token_scale,
+                 Channels *channels, uint16_t *const *outs, int64_t stride) {
+    const auto decode_rows = predict ? (has_bf16 ? decode_flight<true, true> : decode_flight<true, false>)
+                                     : (has_bf16 ? decode_flight<false, true> : decode_flight<false, false>);
+    decode_rows(tiles, count, tokens, table, token_scale, channels, outs, stride);
 }
 
 template <int TILES>
@@ -130,7 +239,7 @@ void encode(EncodeTile *tiles, int count, int tokens, const uint32_t *table, con
 
 }  // namespace
 
-constexpr Kernels avx512 = make_kernels(decode, encode);
+constexpr Kernels avx512 = make_kernels(decode, encode, decode_bf16);
 
 }  // namespace lmc::codec
 

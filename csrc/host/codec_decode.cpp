@@ -103,6 +103,8 @@ int32_t decode_row(const Kernels &kernel, const Blob &blob, int number, const ui
     const int value_type = converted ? LMC_BF16 : codec.dtype, item = converted ? 2 : ITEM_BYTES[codec.dtype];
     const uint32_t *table = mode == LMC_ROW_LOSSLESS ? models.decode_lossless[0] : models.decode[0];
 
+    const bool fused = kernel.decode_bf16 && quantised && codec.dtype == LMC_BF16;
+
     int64_t begin = at.tiles;
     for (int tile = 0, flight; tile < tiles; tile += flight) {
         // Tiles side by side must be of one length, so they are taken from one span.
@@ -143,6 +145,16 @@ int32_t decode_row(const Kernels &kernel, const Blob &blob, int number, const ui
         }
         for (int t = 0; t < tokens; t += BLOCK) {
             const int block = tokens - t < BLOCK ? tokens - t : BLOCK;
+            if (fused && GROUP * (group + flight) <= codec.channels) {
+                uint16_t *outs[FLIGHT];
+                for (int i = 0; i < flight; ++i) {
+                    outs[i] = reinterpret_cast<uint16_t *>(out) + static_cast<int64_t>(first + t) * codec.channels +
+                              GROUP * (group + i);
+                }
+                kernel.decode_bf16(scratch.decode, flight, block, table, mode == LMC_ROW_ANCHORED,
+                                   scratch.token_scale + first + t, scratch.channels, outs, codec.channels);
+                continue;
+            }
             kernel.decode(scratch.decode, flight, block, table);
             for (int i = 0; i < flight; ++i) {
                 const bool staged = converted || GROUP * (group + i + 1) > codec.channels;
@@ -150,8 +162,8 @@ int32_t decode_row(const Kernels &kernel, const Blob &blob, int number, const ui
                 const int64_t skip = staged ? int64_t{t} * GROUP : static_cast<int64_t>(first + t) * stride + GROUP * (group + i);
                 uint8_t *to = (staged ? reinterpret_cast<uint8_t *>(scratch.stage[i]) : out) + skip * item;
                 if (quantised) {
-                    kernel.values[value_type].restore(scratch.decode[i].symbols, block, scratch.token_scale + first + t,
-                                                      &scratch.channels[i], to, stride);
+                    kernel.values[value_type].restore[mode == LMC_ROW_ANCHORED](scratch.decode[i].symbols, block,
+                                                      scratch.token_scale + first + t, &scratch.channels[i], to, stride);
                 } else {
                     kernel.bits[codec.dtype].join(scratch.decode[i].symbols, block, &scratch.channels[i], remainder[i], t,
                                                   tokens, to, stride);

@@ -39,6 +39,8 @@ int step_code(int ratio, int offset, int exponent, int base) {
     return code < 0 ? 0 : code > 255 ? 255 : code;
 }
 
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // One row of a chunk.
 struct Row {
     const Kernels &kernel;
@@ -138,7 +140,7 @@ bool measure_lossy(const Row &row, const Sections &at, int n_raw, int mode, int 
     Measure &found = scratch.measure;
     for (int g = 0; g < at.groups; ++g) {
         const void *in = row.group(0, g, n_raw, n, row.converted, &stride);
-        kernel.measure(in, stride, n, scratch.token_scale, &found);
+        kernel.measure[mode == LMC_ROW_ANCHORED](in, stride, n, scratch.token_scale, &found);
         for (int c = 0; c < GROUP; ++c) {
             const int channel = GROUP * g + c;
             int16_t anchor = 0;
@@ -159,12 +161,26 @@ bool measure_lossy(const Row &row, const Sections &at, int n_raw, int mode, int 
                     if (shift == 4) return false;
                 }
                 const int64_t unit = static_cast<int64_t>(n) * n;
+                int64_t needed = shift ? (reach >> shift) + 2 : reach;
+                int gain = 0;
+                if (mode == LMC_ROW_ANCHORED && !shift) {
+                    const int64_t energy = static_cast<int64_t>(n) * found.energy[c], widest = found.widest[c];
+                    const int64_t start = found.first[c] > a ? found.first[c] - a : a - found.first[c];
+                    const int64_t least = at.spans > 1 ? reach : start;
+                    const int64_t moments[2] = {(2 * moment + 4 * energy + unit) >> 3, energy};
+                    const int64_t needs[2] = {larger(least, (reach + widest + 1) >> 1), larger(least, widest)};
+                    for (int g = 1; g < 3; ++g) {
+                        if (needs[g - 1] > 127 || moments[g - 1] >= moment) continue;
+                        gain = g;
+                        moment = moments[g - 1];
+                        needed = needs[g - 1];
+                    }
+                }
                 int table = 0;
                 for (const int64_t threshold : models.variance) table += (moment << 8) > (threshold * unit) << 2 * shift;
-                const int64_t needed = shift ? (reach >> shift) + 2 : reach;
                 while (models.support[table] < needed) ++table;
                 anchor = static_cast<int16_t>(shift ? (a + (1 << (shift - 1))) >> shift : a);
-                record[channel] = static_cast<uint8_t>(table | shift << 6);
+                record[channel] = static_cast<uint8_t>(table | (shift ? shift + 2 : gain) << 5);
             }
             if (mode == LMC_ROW_ANCHORED) memcpy(side + 2 * channel, &anchor, 2);
         }
@@ -246,8 +262,8 @@ int64_t encode_row(const Row &row, int n_raw, int mode, int offset, uint8_t *out
                     row.kernel.bits[codec.dtype].split(from, stride[i], block, &scratch.channels[i], into.entries,
                                                        scratch.rest[i], t, tokens);
                 } else {
-                    row.kernel.values[row.value_type].quantise(from, stride[i], block, token_scale + first + t,
-                                                               &scratch.channels[i], into.entries);
+                    row.kernel.values[row.value_type].quantise[mode == LMC_ROW_ANCHORED](
+                        from, stride[i], block, t == 0, token_scale + first + t, &scratch.channels[i], into.entries);
                 }
             }
             row.kernel.encode(scratch.encode, flight, block, table, reciprocal);
@@ -270,25 +286,27 @@ int64_t encode_row(const Row &row, int n_raw, int mode, int offset, uint8_t *out
     return end;
 }
 
-// Whether the chunk begins a sequence, judged by how small V of its first token is (docs/codec.md, "Sink tokens").
+// How many tokens at the chunk's start are attention sinks, judged by how small their V is (docs/codec.md).
 int sink_tokens(const Kernels &kernel, const lmc_codec &codec, const uint8_t *chunk, Scratch &scratch) {
     if (codec.planes != 2 || codec.tokens < 32) return 0;
-    int votes = 0;
+    int votes[4] = {};
     for (int layer = 0; layer < codec.layers; ++layer) {
         const int number = 2 * layer + 1;
         if (codec.modes[number] != LMC_ROW_PER_TOKEN) continue;
         const Row row(kernel, codec, scratch, chunk + number * row_bytes(codec));
-        if (row.exponent_of_token(0) == NO_EXPONENT) {
-            ++votes;
-            continue;
-        }
-        const int exponent = row.exponent(0, codec.tokens);
-        if (exponent < -60 || exponent > HIGHEST[codec.dtype]) continue;
+        int exponent = row.exponent(0, codec.tokens);
+        if (exponent == NO_EXPONENT) exponent = 0;
+        const bool usable = exponent >= -60 && exponent <= HIGHEST[codec.dtype];
         int later = 0;
-        for (int t = 8; t < 24; ++t) later += row.token_code(t, 0, exponent, exponent - 28);
-        votes += 16 * row.token_code(0, 0, exponent, exponent - 28) + 16 * 12 <= later;
+        for (int t = 8; usable && t < 24; ++t) later += row.token_code(t, 0, exponent, exponent - 28);
+        for (int t = 0; t < 4; ++t) {
+            votes[t] += row.exponent_of_token(t) == NO_EXPONENT ||
+                        (usable && 16 * row.token_code(t, 0, exponent, exponent - 28) + 16 * 8 <= later);
+        }
     }
-    return 2 * votes >= codec.layers ? 4 : 0;
+    int sinks = 0;
+    for (int t = 0; t < 4; ++t) sinks = 2 * votes[t] >= codec.layers ? t + 1 : sinks;
+    return sinks;
 }
 
 bool valid(const lmc_codec &codec) {

@@ -141,13 +141,17 @@ bool read_channels(const uint8_t *row, const Sections &at, int mode, int group, 
     const uint8_t *side = row + at.side, *record = row + at.record + GROUP * group;
     const int tables_there = mode == LMC_ROW_LOSSLESS ? LOSSLESS_TABLES : LOSSY_TABLES;
     for (int c = 0; c < GROUP; ++c) {
-        const int table = record[c] & 63, shift = record[c] >> 6;
-        if (table >= tables_there || (mode == LMC_ROW_LOSSLESS && shift)) return false;
+        const int table = record[c] & 31, kind = record[c] >> 5;
+        if (table >= tables_there || kind > 5 || (kind && mode == LMC_ROW_LOSSLESS)) return false;
+        if ((kind == 1 || kind == 2) && mode != LMC_ROW_ANCHORED) return false;
         int16_t anchor = 0;
         if (mode == LMC_ROW_ANCHORED) memcpy(&anchor, side + 2 * (GROUP * group + c), 2);
         if (mode == LMC_ROW_LOSSLESS) anchor = side[GROUP * group + c];
         out->anchor[c] = anchor;
-        out->shift[c] = shift;
+        out->shift[c] = kind > 2 ? kind - 2 : 0;
+        out->round[c] = kind == 1 ? 1 : kind == 2 ? 0 : 1 << 30;
+        out->halve[c] = kind == 1 ? 1 : kind == 2 ? 0 : 31;
+        out->previous[c] = 0;
         out->scale[c] = scale;
         out->entry[c] = table;
     }

@@ -139,11 +139,14 @@ uint64_t spread(const void *in, int64_t stride, int tokens, float scale) {
     return total;
 }
 
-template <class T>
+template <class T, bool PREDICT>
 void measure(const void *in, int64_t stride, int tokens, const float *token_scale, Measure *out) {
     const auto *p = static_cast<const typename T::Element *>(in);
     for (int c = 0; c < GROUP; c += W) {
-        VI q1 = {}, low = VI{} + INT32_MAX, high = VI{} + INT32_MIN;
+        VI q1 = {}, low = VI{} + INT32_MAX, high = VI{} + INT32_MIN, step_low = {}, step_high = {};
+        VI before = round_int(T::load(p + c) * token_scale[0]);
+        put(out->first + c, before);
+        VU energy = {};
         VL q2 = {};
         for (int t = 0; t < tokens;) {
             // |q| <= 32767, or the row is stored raw: 4 squares fit 32 bits.
@@ -154,6 +157,13 @@ void measure(const void *in, int64_t stride, int tokens, const float *token_scal
                 sum += as<VU>(q) * as<VU>(q);
                 low = low < q ? low : q;
                 high = high > q ? high : q;
+                if (PREDICT) {  // used only where |q - anchor| <= 127: then nothing here overflows
+                    const VI step = as<VI>(as<VU>(q) - as<VU>(before));
+                    energy += as<VU>(step) * as<VU>(step);
+                    step_low = step_low < step ? step_low : step;
+                    step_high = step_high > step ? step_high : step;
+                    before = q;
+                }
             }
             q2 += to<VL>(sum);
         }
@@ -162,35 +172,48 @@ void measure(const void *in, int64_t stride, int tokens, const float *token_scal
             out->q2[c + k] = static_cast<int64_t>(q2[k]);
             out->low[c + k] = low[k];
             out->high[c + k] = high[k];
+            if (PREDICT) {
+                out->energy[c + k] = energy[k];
+                out->widest[c + k] = step_high[k] > -step_low[k] ? step_high[k] : -step_low[k];
+            }
         }
     }
 }
 
-template <class T>
-void quantise(const void *in, int64_t stride, int tokens, const float *token_scale, const Channels *channels,
-              uint16_t *entries) {
+template <class T, bool PREDICT>
+void quantise(const void *in, int64_t stride, int tokens, bool begins, const float *token_scale,
+              const Channels *channels, uint16_t *entries) {
     const auto *p = static_cast<const typename T::Element *>(in);
     for (int c = 0; c < GROUP; c += W) {
         const VF scale = get<VF>(channels->scale + c);
         const VI anchor = get<VI>(channels->anchor + c), entry = get<VI>(channels->entry + c);
+        const VI round = get<VI>(channels->round + c), halve = get<VI>(channels->halve + c);
+        VI before = {};
+        if (PREDICT && !begins) before = round_int(T::load(p - stride + c) * (scale * token_scale[-1])) - anchor;
         for (int t = 0; t < tokens; ++t) {
             const VI r = round_int(T::load(p + t * stride + c) * (scale * token_scale[t])) - anchor;
-            put(entries + t * GROUP + c, to<VH>(as<VU>(entry | (r & 255))));
+            const VI symbol = PREDICT ? r - ((before + round) >> halve) : r;
+            if (PREDICT) before = r;
+            put(entries + t * GROUP + c, to<VH>(as<VU>(entry | (symbol & 255))));
         }
     }
 }
 
-template <class T>
-void restore(const int16_t *symbols, int tokens, const float *token_scale, const Channels *channels, void *out,
+template <class T, bool PREDICT>
+void restore(const int16_t *symbols, int tokens, const float *token_scale, Channels *channels, void *out,
              int64_t stride) {
     auto *p = static_cast<typename T::Element *>(out);
     for (int c = 0; c < GROUP; c += W) {
         const VF scale = get<VF>(channels->scale + c);
         const VI anchor = get<VI>(channels->anchor + c);
+        const VI round = get<VI>(channels->round + c), halve = get<VI>(channels->halve + c);
+        VI r = get<VI>(channels->previous + c);
         for (int t = 0; t < tokens; ++t) {
-            const VI r = to<VI>(get<VS>(symbols + t * GROUP + c)) + anchor;
-            T::store(p + t * stride + c, to<VF>(r) * (scale * token_scale[t]));
+            const VI symbol = to<VI>(get<VS>(symbols + t * GROUP + c));
+            r = PREDICT ? symbol + ((r + round) >> halve) : symbol;
+            T::store(p + t * stride + c, to<VF>(r + anchor) * (scale * token_scale[t]));
         }
+        put(channels->previous + c, r);
     }
 }
 
@@ -288,15 +311,17 @@ void check_sums(const uint8_t *data, int64_t words, uint64_t first, uint64_t *pl
 
 template <class T>
 constexpr Values values_of() {
-    return {peak<typename T::Element>, energy<T>, spread<T>, measure<T>, quantise<T>, restore<T>};
+    return {peak<typename T::Element>, energy<T>, spread<T>,
+            {measure<T, false>, measure<T, true>}, {quantise<T, false>, quantise<T, true>}, {restore<T, false>, restore<T, true>}};
 }
 template <class F>
 constexpr Bits bits_of() {
     return {F::scan, F::split, F::join};
 }
-constexpr Kernels make_kernels(decltype(Kernels::decode) decode, decltype(Kernels::encode) encode) {
+constexpr Kernels make_kernels(decltype(Kernels::decode) decode, decltype(Kernels::encode) encode,
+                               decltype(Kernels::decode_bf16) decode_bf16 = nullptr) {
     return {{values_of<Bf16>(), values_of<F16>(), values_of<F32>()},
             {bits_of<Fields<uint16_t, 8, 7>>(), bits_of<Fields<uint16_t, 5, 10>>(), bits_of<Fields<uint32_t, 8, 23>>(),
              bits_of<Fields<uint8_t, 4, 3>>(), bits_of<Fields<uint8_t, 5, 2>>()},
-            check_sums, decode, encode};
+            check_sums, decode, encode, decode_bf16};
 }

@@ -6,7 +6,7 @@
 #ifndef LMCACHE_CUDA_H
 #define LMCACHE_CUDA_H
 
-#include "lmcache_host.h"
+#include "lmcache_codec.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -53,10 +53,9 @@ LMC_API int64_t lmc_cuda_ring_destroy(uint64_t ring);
  * part 0 must be whole heads. Moves K between positions. */
 typedef struct {
     int64_t table; /* reachable: float cos, sin [chunks][rotary_dims / 2][2] */
-    int32_t dtype; /* of lmc_element */
+    int32_t dtype; /* LMC_BF16, LMC_F16 or LMC_F32 */
     int32_t head_dims, rotary_dims, interleaved;
 } lmc_rope;
-enum lmc_element { LMC_BF16 = 0, LMC_FP16 = 1, LMC_FP32 = 2 };
 
 /* How the bytes move. LMC_KERNEL: a kernel reads and writes pages and slots where they lie; slots are device memory,
  * or pinned. LMC_STAGED: the kernel and the copy engine meet in a ring. LMC_ENGINE: the copy engine alone, run by
@@ -80,39 +79,27 @@ LMC_API int64_t lmc_cuda_copy_pages(const lmc_part *parts, int64_t part_count, i
                                     const int64_t *block_ids, int64_t chunks, int64_t blocks, const int64_t *slots,
                                     int32_t to_slots, int32_t skip_negative, const lmc_cuda_how *how);
 
-/* The codec of docs/codec.md, byte for byte that of the host. Addresses of blobs, chunks and scratch memory are those of
- * device memory (or pinned), multiples of 16; a chunk is [layer][plane][token][channel]. */
-typedef struct {
-    int32_t dtype; /* as in the blob's header */
-    uint32_t layers, planes, tokens, channels;
-} lmc_codec_shape;
+/* The codec of lmcache_codec.h on the device, byte for byte and bit for bit. Blobs, chunks and results lie in memory
+ * the device can reach, blobs and chunks at multiples of 16; `scratch` at a multiple of 256. */
 
 /* The numbers of the table file this library was built with; returns how many there are and writes at most `room`. */
 LMC_API int64_t lmc_cuda_codec_numbers(int32_t *out, int64_t room);
 
-/* Bytes of scratch memory for `count` chunks. */
-LMC_API int64_t lmc_cuda_codec_scratch(const lmc_codec_shape *shape, int64_t count, int32_t encode, int64_t tile_tokens);
+/* Bytes of scratch memory for `count` chunks. `tile_tokens` is read to encode. */
+LMC_API int64_t lmc_cuda_codec_scratch(const lmc_codec *codec, int64_t count, int32_t encode);
 
-/* Decode `layers` layers, from `first_layer` on, of `count` blobs; outs[i] is where the first of them goes. `tables`: id
- * of the table file. status: reachable int32[count], 0 for a blob that was right, else 1 header, 2 row, 3 tile. At most
- * `ctas` thread blocks decode; 0: as many as are useful. */
-LMC_API int64_t lmc_cuda_codec_decode(int32_t device, const lmc_codec_shape *shape, uint64_t tables,
-                                      const int64_t *blobs, const int64_t *lengths, const int64_t *outs, int64_t count,
-                                      int64_t first_layer, int64_t layers, int64_t scratch, int64_t scratch_bytes,
-                                      int64_t status, int32_t ctas, uint64_t stream);
+/* lmc_codec_decode. `tables`: id of the table file. status: int32[count] on the device's side. At most `ctas` thread
+ * blocks decode; 0: as many as are useful. */
+LMC_API int64_t lmc_cuda_codec_decode(int32_t device, const lmc_codec *codec, uint64_t tables, const int64_t *blobs,
+                                      const int64_t *lengths, const int64_t *outs, int64_t count, int32_t first_layer,
+                                      int32_t layers, int64_t scratch, int64_t scratch_bytes, int64_t status,
+                                      int32_t ctas, uint64_t stream);
 
-/* How to code a chunk: reachable uint8 modes[rows] and int16 offsets[rows]; n_raw -1: decide from the data. */
-typedef struct {
-    int64_t modes, offsets;
-    int32_t n_raw, tile_tokens, level, reserved;
-} lmc_codec_coding;
-
-/* Encode `count` chunks; the blob at outs[i] may need as much room as its rows stored as they are.
- * lengths: reachable int64[count], bytes of each blob. */
-LMC_API int64_t lmc_cuda_codec_encode(int32_t device, const lmc_codec_shape *shape, uint64_t tables,
-                                      const lmc_codec_coding *coding, const int64_t *chunks, const int64_t *outs,
-                                      int64_t count, int64_t scratch, int64_t scratch_bytes, int64_t lengths,
-                                      uint64_t stream);
+/* lmc_codec_encode. `modes` and `offsets` are pageable host memory, read before this returns; sizes:
+ * int64[count] and raw_rows: int32[count] on the device's side. */
+LMC_API int64_t lmc_cuda_codec_encode(int32_t device, const lmc_codec *codec, uint64_t tables, const int64_t *chunks,
+                                      const int64_t *outs, int64_t count, int64_t scratch, int64_t scratch_bytes,
+                                      int64_t sizes, int64_t raw_rows, uint64_t stream);
 
 #ifdef __cplusplus
 }

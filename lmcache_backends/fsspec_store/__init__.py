@@ -110,7 +110,8 @@ class FsspecConfig(BackendConfig):
             bucket, _, prefix = self.url.partition("://")[2].strip("/").partition("/")
             timeout = min(self.timeout or context.deadline, WORK_SHARE * context.deadline)
             try:
-                return Native(f"{self.protocol}://{bucket}", native, timeout), prefix, None
+                store = Native(f"{self.protocol}://{bucket}", native, timeout, self.concurrency, context.tier)
+                return store, prefix, None
             except BackendUnavailable as error:
                 raise BackendUnavailable(f"tier `{context.tier}`: {scrub(str(error), secrets)}") from None
         return self._filesystem(options, secrets, context)

@@ -63,7 +63,8 @@ LINKER_API: dict[str, tuple[str, ...]] = {
 NUMERICS = (
     "device", "dtype", "quantization", "quantization_param_path", "kv_cache_dtype", "attention_backend",
     "prefill_attention_backend", "decode_attention_backend", "json_model_override_args", "context_length", "model_impl",
-    "load_format", "enable_deterministic_inference", "rl_on_policy_target", "speculative_algorithm",
+    "load_format", "enable_tf32_matmul", "enable_deterministic_inference", "rl_on_policy_target",
+    "speculative_algorithm", "speculative_draft_model_path", "speculative_draft_model_revision",
 )  # fmt: skip
 """Settings of the engine that may change the bytes of its KV."""
 

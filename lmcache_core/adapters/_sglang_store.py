@@ -106,45 +106,45 @@ class PageStore:
         return [ChunkKey(prefix + hashlib.sha256(page.encode()).digest()[:CHAIN_BYTES]) for page in hashes]
 
     # -- presence --------------------------------------------------------------------------------------------
-    def leading(self, hashes: Sequence[str]) -> int:
+    def leading(self, keys: Sequence[ChunkKey]) -> int:
         """How many pages from the first on are stored. Waits for the tiers' lookup deadlines at most."""
-        hit = self.pipeline.lookup(self.keys(hashes))
+        hit = self.pipeline.lookup(keys)
         hit.wait(self._lookup_patience)
         return hit.count
 
-    def present(self, hashes: Sequence[str]) -> list[bool]:
+    def present(self, keys: Sequence[ChunkKey]) -> list[bool]:
         """Which pages are stored, each by itself."""
-        hits = [self.pipeline.lookup([key]) for key in self.keys(hashes)]
+        hits = [self.pipeline.lookup([key]) for key in keys]
         for hit in hits:
             hit.wait(self._lookup_patience)
         return [hit.count == 1 for hit in hits]
 
     # -- pages of the pool -----------------------------------------------------------------------------------
-    def load(self, hashes: Sequence[str], indices: Any) -> list[bool]:
+    def load(self, keys: Sequence[ChunkKey], indices: Any) -> list[bool]:
         """Copy stored pages into the pool at `indices`, up to the first that is missing; whether each was."""
-        pages = self._by_page(hashes, indices)
+        pages = self._by_page(keys, indices)
 
         def copy(first: int, count: int, addresses: NDArray[np.int64]) -> None:
             self.pages.scatter(pages[first : first + count].reshape(-1), addresses)
 
-        return self._load(hashes, copy)
+        return self._load(keys, copy)
 
-    def save(self, hashes: Sequence[str], indices: Any) -> list[bool]:
+    def save(self, keys: Sequence[ChunkKey], indices: Any) -> list[bool]:
         """Store the pool's pages at `indices`; whether each is stored now."""
-        pages = self._by_page(hashes, indices)
+        pages = self._by_page(keys, indices)
 
         def copy(positions: list[int], addresses: NDArray[np.int64]) -> None:
             self.pages.gather(pages[positions].reshape(-1), addresses)
 
-        return self._save(hashes, copy)
+        return self._save(keys, copy)
 
-    def _by_page(self, hashes: Sequence[str], indices: Any) -> Any:
-        if len(indices) != len(hashes) * self.pages.tokens:
-            raise ValueError(f"{len(indices)} indices for {len(hashes)} pages of {self.pages.tokens} tokens")
+    def _by_page(self, keys: Sequence[ChunkKey], indices: Any) -> Any:
+        if len(indices) != len(keys) * self.pages.tokens:
+            raise ValueError(f"{len(indices)} indices for {len(keys)} pages of {self.pages.tokens} tokens")
         return indices.reshape(-1, self.pages.tokens)
 
     # -- flat pages, as tensors of their own -----------------------------------------------------------------
-    def load_flat(self, hashes: Sequence[str], targets: Sequence[Any]) -> list[bool]:
+    def load_flat(self, keys: Sequence[ChunkKey], targets: Sequence[Any]) -> list[bool]:
         """Copy stored pages into flat tensors; whether each was."""
         strided = self._strided()
         slots = self.pipeline.slots
@@ -154,9 +154,9 @@ class PageStore:
             for target, offset in zip(targets[first : first + count], offsets.tolist(), strict=True):
                 strided.to_flat(slots.region.view[offset : offset + slots.chunk_bytes], target)
 
-        return self._load(hashes, copy)
+        return self._load(keys, copy)
 
-    def save_flat(self, hashes: Sequence[str], values: Sequence[Any]) -> list[bool]:
+    def save_flat(self, keys: Sequence[ChunkKey], values: Sequence[Any]) -> list[bool]:
         """Store flat tensors; whether each is stored now."""
         strided = self._strided()
         slots = self.pipeline.slots
@@ -165,7 +165,7 @@ class PageStore:
             for position, offset in zip(positions, (addresses - slots.region.address).tolist(), strict=True):
                 strided.from_flat(values[position], slots.region.view[offset : offset + slots.chunk_bytes])
 
-        return self._save(hashes, copy)
+        return self._save(keys, copy)
 
     def _strided(self) -> StridedPages:
         if not isinstance(self.pages, StridedPages):
@@ -173,8 +173,8 @@ class PageStore:
         return self.pages
 
     # -- the pipeline ----------------------------------------------------------------------------------------
-    def _load(self, hashes: Sequence[str], copy: Callable[[int, int, NDArray[np.int64]], None]) -> list[bool]:
-        keys, done = self.keys(hashes), 0
+    def _load(self, keys: Sequence[ChunkKey], copy: Callable[[int, int, NDArray[np.int64]], None]) -> list[bool]:
+        done = 0
         while done < len(keys):
             with self.pipeline.retrieve(keys[done:]) as lease:
                 if len(lease):
@@ -185,8 +185,8 @@ class PageStore:
                     break
         return [True] * done + [False] * (len(keys) - done)
 
-    def _save(self, hashes: Sequence[str], copy: Callable[[list[int], NDArray[np.int64]], None]) -> list[bool]:
-        keys, slots = self.keys(hashes), self.pipeline.slots
+    def _save(self, keys: Sequence[ChunkKey], copy: Callable[[list[int], NDArray[np.int64]], None]) -> list[bool]:
+        slots = self.pipeline.slots
         lanes = [tier.write_lane for tier in self.pipeline.tiers]
         part = max(1, min([slots.count // 2, *(lane.max_bytes // slots.slot_bytes for lane in lanes)]))
         end = monotonic() + self._patience

@@ -77,7 +77,10 @@ def probe(model: PreTrainedModel) -> Geometry:
     """
     _check_kind(model)
     cache = DynamicCache(config=model.config)
-    for layer in cache.layers:
+    layers = cache.layers
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    _check_layers(layers, [type(layer) in known for layer in layers])
+    for layer in layers:
         if isinstance(layer, DynamicSlidingWindowLayer):
             if not hasattr(layer, "record_past"):
                 raise Unsupported(
@@ -86,11 +89,7 @@ def probe(model: PreTrainedModel) -> Geometry:
             layer.record_past = True
     with torch.no_grad(), _evaluating(model):
         model(input_ids=torch.tensor([[1, 2], [1, 3]], device=model.device), past_key_values=cache, use_cache=True)
-    layers = cache.layers
-    known = (DynamicLayer, DynamicSlidingWindowLayer)
-    if not layers or any(type(layer) not in known or not layer.is_initialized for layer in layers):
-        kinds = sorted({type(layer).__name__ for layer in layers}) or ["none"]
-        raise Unsupported(f"cache layers of kind {', '.join(kinds)}: only attention in every layer can be reused")
+    _check_layers(layers, [layer.is_initialized for layer in layers])
     keys, values = ({(tuple(t.shape), t.dtype, t.device) for t in plane} for plane in _planes(layers))
     if len(keys) > 1 or len(values) > 1:
         raise Unsupported(f"K or V differ in shape, type or device between layers: {_some(keys | values)}")
@@ -108,6 +107,15 @@ def probe(model: PreTrainedModel) -> Geometry:
             if not torch.allclose(tensor[0, :, 0].float(), tensor[1, :, 0].float(), rtol=1e-2, atol=1e-3):
                 raise Unsupported("attention is not causal: KV of a prefix depends on what follows it")
     return Geometry(len(layers), shape[1], shape[3], dtype, where, value_shape[3])
+
+
+def _check_layers(layers: Any, usable: list[bool]) -> None:
+    """Raise `Unsupported` unless there are layers and all are usable."""
+    if not all(usable) or not layers:
+        kinds = sorted({type(layer).__name__ for layer, good in zip(layers, usable, strict=True) if not good})
+        raise Unsupported(
+            f"cache layers of kind {', '.join(kinds) or 'none'}: only attention in every layer can be reused"
+        )
 
 
 def _planes(layers: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -24,6 +24,7 @@ from lmcache_core.adapters import _sglang_engine as engine
 from lmcache_core.adapters._sglang_pools import describe
 from lmcache_core.adapters._sglang_store import Errors, PageStore, logger
 from lmcache_core.errors import Unsupported
+from lmcache_core.types import ChunkKey
 from lmcache_core.units import format_bytes
 
 KV = "kv"
@@ -62,7 +63,7 @@ class LMCacheCoreStorage(HiCacheStorage):
         self._epoch = ""
         self._mark = engine.model_mark()
         self._old_pages: Any = None
-        """What marks host pages that weights of before have computed; None when there are none."""
+        """`mem_state` of the KV pool when weights were last replaced; None when they never were."""
 
     # -- pools -----------------------------------------------------------------------------------------------
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
@@ -107,16 +108,17 @@ class LMCacheCoreStorage(HiCacheStorage):
                     self._mark = mark
         return self._stores.get(name)
 
-    def _writable(self, name: str = KV) -> PageStore | None:
-        """The same for writing: not while the host pool holds pages of other weights. SGLang forgets them with a flush,
-        and a pool that was cleared has a new `mem_state`."""
+    def _writable(self, hashes: Sequence[str], name: str = KV) -> tuple[PageStore | None, list[ChunkKey]]:
+        """The same with keys to store pages under; None while the host pool holds pages of other weights.
+
+        SGLang forgets those with a flush, and a pool that was cleared has a new `mem_state`.
+        """
         store = self._store(name)
-        old = self._old_pages
-        if old is not None:
-            if self._pools[KV].mem_state is old:
-                return None
-            self._old_pages = None
-        return store
+        keys = store.keys(hashes) if store is not None else []
+        # Looked at after the keys were made: old pages are noted before a store gets its new identity.
+        if self._old_pages is not None and self._pools[KV].mem_state is self._old_pages:
+            store = None
+        return store, keys
 
     # -- v1: host indices of the KV pool ---------------------------------------------------------------------
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
@@ -124,7 +126,7 @@ class LMCacheCoreStorage(HiCacheStorage):
 
         def ask() -> int:
             store = self._store()
-            return store.leading(keys) if store is not None else 0
+            return store.leading(store.keys(keys)) if store is not None else 0
 
         return self.errors.safely("batch_exists", ask, 0)
 
@@ -136,13 +138,13 @@ class LMCacheCoreStorage(HiCacheStorage):
         """Store pages of the host pool; whether each is stored now."""
         return self.errors.safely("batch_set_v1", lambda: self._save(KV, keys, host_indices), [False] * len(keys))
 
-    def _load(self, name: str, keys: Sequence[str], indices: Any) -> list[bool]:
+    def _load(self, name: str, hashes: Sequence[str], indices: Any) -> list[bool]:
         store = self._store(name)
-        return store.load(keys, indices) if store is not None else [False] * len(keys)
+        return store.load(store.keys(hashes), indices) if store is not None else [False] * len(hashes)
 
-    def _save(self, name: str, keys: Sequence[str], indices: Any) -> list[bool]:
-        store = self._writable(name)
-        return store.save(keys, indices) if store is not None else [False] * len(keys)
+    def _save(self, name: str, hashes: Sequence[str], indices: Any) -> list[bool]:
+        store, keys = self._writable(hashes, name)
+        return store.save(keys, indices) if store is not None else [False] * len(hashes)
 
     # -- v2: several pools -----------------------------------------------------------------------------------
     def batch_exists_v2(
@@ -155,7 +157,7 @@ class LMCacheCoreStorage(HiCacheStorage):
 
     def _restorable(self, keys: Sequence[str], transfers: Sequence[Any]) -> PoolTransferResult:
         store = self._store()
-        count = store.leading(keys) if store is not None else 0
+        count = store.leading(store.keys(keys)) if store is not None else 0
         hits: dict[Any, int] = {KV: count} if count else {}
         lengths = set(range(1, count + 1))
         for transfer in transfers:
@@ -165,10 +167,10 @@ class LMCacheCoreStorage(HiCacheStorage):
             if here is None:
                 lengths = set()
             elif transfer.hit_policy is PoolHitPolicy.ALL_PAGES:
-                lengths &= set(range(1, here.leading(keys[:count]) + 1))
+                lengths &= set(range(1, here.leading(here.keys(keys[:count])) + 1))
             else:
                 window, run = max(1, len(transfer.keys or ())), 0
-                for page, present in enumerate(here.present(keys[:count])):
+                for page, present in enumerate(here.present(here.keys(keys[:count]))):
                     run = run + 1 if present else 0
                     if run < min(window, page + 1):
                         lengths.discard(page + 1)
@@ -211,7 +213,7 @@ class LMCacheCoreStorage(HiCacheStorage):
             if store is None:
                 return [None] * len(keys)
             targets = target_locations or [self._pools[KV].get_dummy_flat_data_page() for _ in keys]
-            found = store.load_flat(keys, targets)
+            found = store.load_flat(store.keys(keys), targets)
             return [target if here else None for target, here in zip(targets, found, strict=True)]
 
         return self.errors.safely("batch_get", read, [None] * len(keys))
@@ -226,8 +228,8 @@ class LMCacheCoreStorage(HiCacheStorage):
         """Store flat pages; whether all are stored now."""
 
         def write() -> bool:
-            store = self._writable()
-            return store is not None and all(store.save_flat(keys, values))
+            store, names = self._writable(keys)
+            return store is not None and all(store.save_flat(names, values))
 
         return self.errors.safely("batch_set", write, False)
 

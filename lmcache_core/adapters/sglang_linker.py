@@ -70,13 +70,14 @@ class LMCacheCoreLinker(UnifiedCacheLinker):
         """Every number of leading pages that could be loaded. Starts reading them into memory."""
 
         def ask() -> list[int]:
-            store, keys = self._current(), _kv(transfers).keys
-            if store is None or not keys:
+            store, hashes = self._current(), _kv(transfers).keys
+            if store is None or not hashes:
                 return []
             # No more than memory holds beside what is being written.
-            count = store.leading(keys[: max(1, store.pipeline.slots.count // 2)])
+            keys = store.keys(hashes[: max(1, store.pipeline.slots.count // 2)])
+            count = store.leading(keys)
             if count:
-                store.pipeline.prefetch(store.keys(keys[:count]))
+                store.pipeline.prefetch(keys[:count])
             return list(range(1, count + 1))
 
         return self.errors.safely("lookup", ask, [])
@@ -132,12 +133,12 @@ class LMCacheCoreLinker(UnifiedCacheLinker):
         store, transfer = self._current(), _kv(transfers)
         if store is None or not transfer.keys:
             return False
-        written = self.record_offload_ready()
+        keys, written = store.keys(transfer.keys), self.record_offload_ready()
 
         def write() -> bool:
             for event in written:
                 event.synchronize()
-            return all(store.save(transfer.keys, transfer.device_indices))
+            return all(store.save(keys, transfer.device_indices))
 
         self._offloads.append(self._writer.submit(self.errors.safely, "offload", write, False))
         return True

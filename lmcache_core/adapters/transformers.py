@@ -88,6 +88,21 @@ class Call:
     """Seconds spent before `generate` proper: keys, lookup, reads and copies."""
     store_s: float = 0.0
     """Seconds spent after it: copies into memory slots. Slower tiers are written in the background."""
+    chunk_tokens: int = 0
+    """What is reused and stored is whole chunks of so many tokens."""
+
+    def __str__(self) -> str:
+        if self.bypass is not None:
+            return f"passed through uncached: {self.bypass}"
+        if not self.sources:
+            return f"nothing to reuse: {self.prompt_tokens} tokens are less than a chunk of {self.chunk_tokens}"
+        chunks = ", ".join(f"{count} {source}" for source, count in Counter(self.sources).items())
+        why = f" ({self.miss})" if self.miss is not None else ""
+        return (
+            f"{self.reused_tokens} of {self.prompt_tokens} prompt tokens reused; "
+            f"chunks of {self.chunk_tokens}: {chunks}{why}; "
+            f"{1e3 * self.load_s:.0f} ms to load, {1e3 * self.store_s:.0f} ms to store {self.stored_chunks}"
+        )
 
 
 def attach(
@@ -399,7 +414,13 @@ class Handle:
         return (
             rows,
             cache,
-            Call(prompt_tokens=sum(lengths), reused_tokens=sum(reused), sources=tuple(sources), miss=miss),
+            Call(
+                prompt_tokens=sum(lengths),
+                reused_tokens=sum(reused),
+                sources=tuple(sources),
+                miss=miss,
+                chunk_tokens=size,
+            ),
         )
 
     def _store(self, rows: Sequence[Row], cache: Any, sequences: torch.Tensor, trailing: int | None) -> int:

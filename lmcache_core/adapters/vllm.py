@@ -230,8 +230,12 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         base = replace(base, fidelity=pipeline.fidelity, **sizes)
         self._identities = _Identities(base, pipeline)
         told = self._vllm_config.kv_events_config
-        if told is not None and told.enable_kv_cache_events and groups == 1:
-            self._events = Events(pipeline, block)
+        if told is not None and told.enable_kv_cache_events:
+            hashed = getattr(self._kv_cache_config, "hash_block_size", None) or block
+            if groups == 1 and hashed == block:
+                self._events = Events(pipeline, block)
+            else:
+                logger.warning("lmcache-core: no KV events: %d KV groups, blocks hashed by %d tokens", groups, hashed)
         scheduler = Scheduler(
             pipeline,
             self._identities.admit,

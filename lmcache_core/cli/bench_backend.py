@@ -55,7 +55,7 @@ class BackendEffort:
 
 
 FULL = BackendEffort(rounds=9, seconds=2, working_set=1 << 30, limit=240.0)
-QUICK = BackendEffort(rounds=5, seconds=1, working_set=256 << 20, limit=40.0)
+QUICK = BackendEffort(rounds=5, seconds=1, working_set=1 << 30, limit=40.0)
 
 
 def register(kinds: Any) -> None:

@@ -55,9 +55,10 @@ from lmcache.v1.storage_backend.naive_serde.cachegen_decoder import CacheGenDese
 
 torch.set_num_threads(1)
 chunk = torch.from_numpy(np.load(sys.argv[1]).view(np.int16)).view(torch.bfloat16)
-spent = SimpleNamespace(model_name="meta-llama/Llama-3.1-8B-Instruct", kv_dtype=torch.bfloat16)
-decoder = CacheGenDeserializer(SimpleNamespace(chunk_size=chunk.shape[2]), spent)
-config = CacheGenConfig.from_model_name(spent.model_name)
+about = SimpleNamespace(model_name="meta-llama/Llama-3.1-8B-Instruct", kv_dtype=torch.bfloat16)
+decoder = CacheGenDeserializer(SimpleNamespace(chunk_size=chunk.shape[2]), about)
+decoder.key_bins, decoder.value_bins = decoder.key_bins[: len(chunk)], decoder.value_bins[: len(chunk)]
+config = CacheGenConfig.from_model_name(about.model_name)
 begun = time.process_time()
 blob = encode_function(chunk, config, decoder.key_bins, decoder.value_bins, chunk.shape[2]).to_bytes()
 middle = time.process_time()
@@ -133,7 +134,7 @@ def _real(model: str, report: Report) -> tuple[KVLayout, list[Chunk]]:
 
 
 def made_up(layout: KVLayout, seed: int) -> Chunk:
-    """Values with what matters of a KV cache: channels of K with an offset and a spread each, tokens of V with a size."""
+    """Values with what matters of a KV cache: channels of K with offset and spread, tokens of V with a size."""
     random = np.random.default_rng(seed)
     channels = layout.kv_heads * layout.head_dim
     values = random.standard_normal((layout.num_layers, 2, layout.chunk_tokens, channels), np.float32)

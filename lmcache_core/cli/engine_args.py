@@ -17,10 +17,10 @@ def add(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "engine-args",
         help="print the flag or line that connects an engine",
-        description="Print the flag (vllm) or the lines (transformers) that connect an engine. "
+        description="Print the flags (vllm, sglang) or the lines (transformers) that connect an engine. "
         'Use it as: eval "vllm serve MODEL $(lmcachectl engine-args vllm --config FILE)"',
     )
-    parser.add_argument("engine", choices=["vllm", "transformers"])
+    parser.add_argument("engine", choices=["vllm", "sglang", "transformers"])
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="configuration (default: what the environment says)"
     )
@@ -39,6 +39,15 @@ def run(args: argparse.Namespace) -> int:
         argv = ["--kv-transfer-config", json.dumps(transfer, separators=(",", ":"))]
         if args.json:
             emit({"ok": True, "engine": "vllm", "argv": argv, "kv_transfer_config": transfer})
+        else:
+            print(shlex.join(argv))
+        return OK
+    if args.engine == "sglang":
+        extra = sglang_extra_config(config)
+        argv = ["--page-size", "64", "--enable-hierarchical-cache", "--hicache-storage-backend", "dynamic"]
+        argv += ["--hicache-storage-backend-extra-config", json.dumps(extra, separators=(",", ":"))]
+        if args.json:
+            emit({"ok": True, "engine": "sglang", "argv": argv, "extra_config": extra})
         else:
             print(shlex.join(argv))
         return OK
@@ -62,3 +71,16 @@ def vllm_transfer_config(config: str | None) -> dict[str, Any]:
     if config is not None:
         transfer["kv_connector_extra_config"] = {"config": config}
     return transfer
+
+
+def sglang_extra_config(config: str | None) -> dict[str, Any]:
+    """What SGLang's `--hicache-storage-backend-extra-config` must say."""
+    extra: dict[str, Any] = {
+        "backend_name": "lmcache-core",
+        "module_path": "lmcache_core.adapters.sglang",
+        "class_name": "LMCacheCoreStorage",
+        "interface_v1": 1,
+    }
+    if config is not None:
+        extra["config"] = config
+    return extra

@@ -17,6 +17,7 @@ from lmcache_core.config import Loaded, TierConfig, load, machine
 from lmcache_core.config.findings import Loc, dotted
 from lmcache_core.layout import KVLayout
 from lmcache_core.plugins import Plugins
+from lmcache_core.tier import ASK_THREADS
 from lmcache_core.types import object_bytes, round_up
 from lmcache_core.units import format_bytes
 
@@ -102,7 +103,7 @@ def budget(loaded: Loaded) -> dict[str, Any]:
         "memory_bytes": memory.capacity,
         "memory_available_bytes": machine.memory_available(),
         "memory_total_bytes": machine.memory_total(),
-        "threads": sum(2 * tier.lane.threads for tier in storage),
+        "threads": sum(2 * tier.lane.threads + ASK_THREADS for tier in storage),
         "recompute_tokens_s": loaded.config.recompute.tokens_per_s,
         "recompute_factor": loaded.config.recompute.factor,
         "inflight_bytes": {tier.name: tier.lane.inflight for tier in storage},
@@ -165,7 +166,7 @@ def _text(record: dict[str, Any]) -> str:
         f"({format_bytes(disk['free_bytes'])} free of {format_bytes(disk['total_bytes'])})"
         for disk in budget["disks"]
     ]
-    lines.append(f"  threads  {budget['threads']} for storage tiers")
+    lines.append(f"  threads  at most {budget['threads']} for storage tiers")
     lines.append(f"  files    the process may open {budget['open_files_limit']}; `lmcachectl check` counts them")
     lines.append(f"  reads    {_cost_rule(budget)}")
     lines += ["", "fits (chunks of every tier, encoded tiers at least)"]

@@ -7,9 +7,12 @@ engine's own pages are put into canonical order first, where the packing is one 
 from __future__ import annotations
 
 import hashlib
+import struct
 import threading
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import numpy as np
@@ -25,7 +28,8 @@ from lmcache_core.protocols import Ladder, Serde, SerdeConfig, SerdeContext
 from lmcache_core.types import MissReason
 from lmcache_core.units import Seconds
 from lmcache_serde.cachegen import format as bits
-from lmcache_serde.cachegen import native
+from lmcache_serde.cachegen import native, reference
+from lmcache_serde.cachegen.profile import Profile
 
 Level = Literal["lossless", "near", "high", "balanced", "small", "tiny"]
 
@@ -58,6 +62,16 @@ def coding(level: Level, shape: bits.Shape, n_raw: int = bits.AUTO) -> bits.Codi
     )
 
 
+_PROFILE_K: Final = 0
+"""Added to the offset of K where a profile is used: the mean square of its components is less for the same error."""
+
+_PLAIN: Final = ("bfloat16", "float16", "float32")
+_BITS: Final = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+_PREFIX: Final = struct.Struct("<4sIq")
+_MAGIC: Final = b"LCKP"
+_MOST_TOKENS: Final = 1 << 32
+
+
 class _Pages:
     """Between an engine's pages and canonical order, for chunks that lie one after the other in host memory."""
 
@@ -87,43 +101,39 @@ def _known_packing(layout: KVLayout, canonical: KVLayout) -> PageGeometry:
     engine, _, rest = layout.packing.partition("/")
     kind, _, fingerprint = rest.rpartition("/")
     isa = kind.rpartition("/")[2]
-    stride = layout.block_bytes
     try:
         if engine != "vllm-cpu":
             raise ValueError("only the pages of vLLM on CPU are known")
-        if isa.startswith("mla."):
-            geometry = PageGeometry.nhd(canonical, block_stride=stride)
-        else:
-            geometry = PageGeometry.vllm_cpu(canonical, isa, block_stride=stride)
-        if _fingerprint(layout, geometry) != fingerprint:
+        if _fingerprint(layout, _geometry(replace(canonical, num_layers=1, chunk_tokens=layout.block_tokens), isa)) != (
+            fingerprint
+        ):
             raise ValueError("this version of the engine packs its pages in another way")
+        return _geometry(canonical, isa)
     except ValueError as error:
         raise Unsupported(
             f"cachegen must know which bytes are K and V, and pages packed as {layout.packing!r} are opaque: {error}; "
             "use serde zstd"
         ) from error
-    return geometry
 
 
-def _fingerprint(layout: KVLayout, geometry: PageGeometry) -> str:
+def _geometry(canonical: KVLayout, isa: str) -> PageGeometry:
+    mla = isa.startswith("mla.")
+    return PageGeometry.nhd(canonical) if mla else PageGeometry.vllm_cpu(canonical, isa)
+
+
+def _fingerprint(layout: KVLayout, page: PageGeometry) -> str:
     """What the vLLM adapter would have found, had the engine packed its pattern in this way (`_cpu_packing` there)."""
     values = layout.planes * layout.block_tokens * layout.kv_heads * layout.head_dim
     pattern = ((np.arange(values, dtype=np.int64) * 7919 % 509 - 254) / 2).astype(np.float32)
-    dtype = layout.dtype
-    if dtype == "bfloat16":
+    if layout.dtype == "bfloat16":
         raw = (pattern.view(np.uint32) >> 16).astype("<u2").view(np.uint8)
-    elif dtype in ("float16", "float32"):
-        raw = pattern.astype(dtype).view(np.uint8)
+    elif layout.dtype in ("float16", "float32"):
+        raw = pattern.astype(layout.dtype).view(np.uint8)
     else:
-        raise ValueError(f"pages of {dtype} are not known")
-    one = replace(geometry, num_layers=1, blocks=1, chunk_bytes=raw.size, slot_layer_stride=raw.size)
-    planes = tuple(
-        replace(plane, slot_offset=index * raw.size // layout.planes) for index, plane in enumerate(geometry.planes)
-    )
-    page = np.zeros(layout.block_bytes, np.uint8)
-    copier = PagedKV([_native.address_of(page)], replace(one, planes=planes), 1, owner=page)
-    copier.scatter([0], [_native.address_of(raw)])
-    return hashlib.sha256(page.tobytes()).hexdigest()[:8]
+        raise ValueError(f"pages of {layout.dtype} are not known")
+    packed = np.zeros_like(raw)
+    PagedKV([_native.address_of(packed)], page, 1, owner=packed).scatter([0], [_native.address_of(raw)])
+    return hashlib.sha256(packed.tobytes()).hexdigest()[:8]
 
 
 class CacheGen(Serde):
@@ -200,6 +210,91 @@ class CacheGen(Serde):
         return found
 
 
+class Calibrated(CacheGen):
+    """The same with a profile: the codec is given the principal components of K and V, as float32.
+
+    A blob is the magic, a check and the position of the first token, 16 bytes, then the codec's blob. A chunk whose
+    position is not known, or that the level cannot hold, is encoded without the profile.
+    """
+
+    def __init__(self, layout: KVLayout, level: Level, profile: Profile) -> None:
+        super().__init__(layout, level)
+        shape = self.shape
+        if (shape.layers, shape.planes, shape.channels, layout.kv_heads) != (
+            *profile.basis.shape[:2],
+            profile.mean.shape[1],
+            profile.heads,
+        ):
+            raise Unsupported(
+                f"cachegen: the profile is for {profile.basis.shape[0]} layers of {profile.heads} heads and "
+                f"{profile.mean.shape[1]} channels, this model has {shape.layers}, {layout.kv_heads} and "
+                f"{shape.channels}: calibrate this model"
+            )
+        if self.lossless or layout.dtype not in _PLAIN:
+            raise Unsupported(f"cachegen: a profile is for lossy levels of {', '.join(_PLAIN)}")
+        self._profile = profile
+        self._inner = replace(shape, dtype="float32")
+        offsets = np.tile(np.array([LEVELS[level][0] + _PROFILE_K, LEVELS[level][1]], np.int16), shape.layers)
+        self._inner_codings = {n: replace(how, offsets=offsets) for n, how in self._codings.items()}
+
+    @property
+    def codec(self) -> str:
+        return f"{super().codec}/{self._profile.id}"
+
+    def bound(self) -> int:
+        return _PREFIX.size + super().bound()
+
+    def encode(self, chunks: Sequence[memoryview], out: Sequence[memoryview], starts: Sequence[int]) -> list[int]:
+        return [self._encode(*one) for one in zip(chunks, out, starts, strict=True)]
+
+    def _encode(self, chunk: memoryview, out: memoryview, start: int) -> int:
+        if 0 <= start < _MOST_TOKENS and chunk.nbytes == self.shape.nbytes:
+            source = chunk if self._pages is None else self._pages.unpack(chunk, self._scratch())
+            values = reference.to_float(np.frombuffer(source, _BITS[self.shape.item]), self.shape.dtype)
+            if np.isfinite(values).all():
+                components = self._profile.components(values.reshape(self._values), start)
+                room = np.empty(self._inner.bound, np.uint8)
+                how = self._inner_codings[SINK_TOKENS if start == 0 else 0]
+                (size,), refused = native.encode(self._inner, how, [components], [room])
+                if not any(refused) and size <= self.shape.bound:
+                    out[: _PREFIX.size] = _PREFIX.pack(_MAGIC, self._check(start), start)
+                    out[_PREFIX.size : _PREFIX.size + size] = room[:size].data
+                    return _PREFIX.size + size
+        return super().encode([chunk], [out], [start])[0]
+
+    def decode(self, blobs: Sequence[memoryview], out: Sequence[memoryview]) -> None:
+        for blob, room in zip(blobs, out, strict=True):
+            if bytes(blob[: len(_MAGIC)]) == _MAGIC and room.nbytes == self.shape.nbytes:
+                self._decode(blob, room)
+            else:
+                super().decode([blob], [room])
+
+    def _decode(self, blob: memoryview, out: memoryview) -> None:
+        if len(blob) < _PREFIX.size:
+            raise CorruptChunk(MissReason.CORRUPT, f"cachegen: {len(blob)} bytes are no chunk")
+        _, check, start = _PREFIX.unpack_from(blob)
+        if check != self._check(start) or not 0 <= start < _MOST_TOKENS:
+            raise CorruptChunk(MissReason.CORRUPT, "cachegen: encoded with another profile, or damaged")
+        components = np.empty(self._values, np.float32)
+        try:
+            native.decode(self._inner, [blob[_PREFIX.size :]], [components.data.cast("B")])
+        except bits.CodecError as error:
+            raise CorruptChunk(MissReason.CORRUPT, f"cachegen: {error}") from None
+        values = reference.from_float(self._profile.values(components, start), self.shape.dtype)
+        canonical = values.reshape(-1).view(np.uint8)
+        if self._pages is None:
+            out[:] = canonical.data
+        else:
+            self._pages.pack(canonical, out)
+
+    @property
+    def _values(self) -> tuple[int, int, int, int]:
+        return self.shape.layers, self.shape.planes, self.shape.tokens, self.shape.channels
+
+    def _check(self, start: int) -> int:
+        return zlib.crc32(f"{self._profile.id} {start}".encode())
+
+
 class CacheGenConfig(SerdeConfig):
     """The KV codec: 1.5 times smaller without loss, 2.8 to 9 times smaller with a loss that is measured and bounded."""
 
@@ -212,15 +307,27 @@ class CacheGenConfig(SerdeConfig):
     target: Annotated[Seconds, Field(gt=0, le=3600)] = 1.0
     """For `adaptive`: the time from a request in which all its chunks should have been read."""
 
+    profile: Path | None = None
+    """File that `lmcachectl codec calibrate` made for this model: smaller still, but slow; for slow media."""
+
     def build(self, context: SerdeContext) -> Serde:
         if self.level != "adaptive":
-            return CacheGen(context.layout, self.level)
+            return self._serde(context.layout, self.level)
         order = list(LEVELS)
         places = [order.index(level) for level in self.levels]
         if places != sorted(set(places)):
             raise Unsupported(f"cachegen: levels {', '.join(self.levels)} must differ and be in the order of {order}")
-        rungs = [CacheGen(context.layout, level) for level in self.levels]
+        rungs = [self._serde(context.layout, level) for level in self.levels]
         return Ladder(rungs, [1 / LEVELS[level][2] for level in self.levels], self.target)
+
+    def _serde(self, layout: KVLayout, level: Level) -> CacheGen:
+        if self.profile is None:
+            return CacheGen(layout, level)
+        try:
+            profile = Profile.load(self.profile)
+        except ValueError as error:
+            raise Unsupported(f"cachegen: {error}") from error
+        return Calibrated(layout, level, profile)
 
 
 @hookimpl

@@ -144,6 +144,7 @@ class _Row:
     code: int = 0
     base: int = 0
     remainder: NDArray[np.uint32] | None = None
+    gain: Ints | None = None
 
 
 def _step_code(ratio: int, offset: int, exponent: int, base: int) -> int:
@@ -172,7 +173,25 @@ def _row_exponent(x: Floats, dtype: str) -> int | None:
     return exponent if -60 <= exponent <= _HIGHEST[dtype] else None
 
 
-def _quantise(x: Floats, mode: int, offset: int, dtype: str) -> _Row | None:
+def _predict(
+    q: Ints, anchor: Ints, shift: Ints, reach: Ints, moment: Ints, needed: Ints, several: bool
+) -> tuple[Ints, Ints, Ints]:
+    """Gain of each channel, with the moment and the support it needs."""
+    n = len(q)
+    step = np.diff(q, axis=0)
+    energy, widest = (step * step).sum(0), np.abs(step).max(0, initial=0)
+    first = reach if several else np.abs(q[0] - anchor)
+    moments = [moment, (2 * moment + 4 * n * energy + n * n) >> 3, n * energy]
+    needs = [needed, np.maximum(first, (reach + widest + 1) >> 1), np.maximum(first, widest)]
+    gain = np.zeros_like(shift)
+    for g in (1, 2):
+        better = (shift == 0) & (needs[g] <= 127) & (moments[g] < moment)
+        moment, needed = np.where(better, moments[g], moment), np.where(better, needs[g], needed)
+        gain = np.where(better, g, gain)
+    return moment, needed, gain
+
+
+def _quantise(x: Floats, mode: int, offset: int, dtype: str, spans: int) -> _Row | None:
     """Modes 1 and 2; None where the row must stay raw."""
     n, channels = x.shape
     exponent = _row_exponent(x, dtype)
@@ -195,18 +214,22 @@ def _quantise(x: Floats, mode: int, offset: int, dtype: str) -> _Row | None:
     if reach.max() > 125 << 3:
         return None
     shift = np.where(reach <= 127, 0, 1 + (reach > 250) + (reach > 500))
-    moment = ((n * q2 - (q1 * q1 if mode == ANCHORED else 0)) << 8)[:, None]
-    tables = (moment > TABLES.variance * n * n << 2 * shift[:, None]).sum(1)
-    needed = np.where(shift > 0, (reach >> shift) + 2, reach)
+    moment, needed = n * q2 - (q1 * q1 if mode == ANCHORED else 0), np.where(shift > 0, (reach >> shift) + 2, reach)
+    gain = np.zeros_like(shift)
+    if mode == ANCHORED:
+        moment, needed, gain = _predict(q, anchor, shift, reach, moment, needed, spans > 1)
+    tables = ((moment << 8)[:, None] > TABLES.variance * n * n << 2 * shift[:, None]).sum(1)
     while (short := TABLES.support[tables] < needed).any():
         tables = tables + short
     anchor = np.where(shift > 0, (anchor + (1 << shift >> 1)) >> shift, anchor)
     symbols = np.rint(x * np.ldexp(inverse, -shift)).astype(np.int64) - anchor
     padding = -channels % GROUP
-    tables, shift, anchor = (np.pad(values, (0, padding)) for values in (tables, shift, anchor))
+    kinds = np.where(shift > 0, shift + 2, gain)
+    tables, kinds, anchor = (np.pad(values, (0, padding)) for values in (tables, kinds, anchor))
     head = anchor.astype("<i2") if mode == ANCHORED else codes.astype(np.uint8)
-    side = [head.view(np.uint8), (tables | shift << 6).astype(np.uint8)]
+    side = [head.view(np.uint8), (tables | kinds << 5).astype(np.uint8)]
     row = _Row(mode, tables, np.pad(symbols, ((0, 0), (0, padding))), side, base=base)
+    row.gain = np.pad(gain, (0, padding))
     row.code = int(codes[0]) if mode == ANCHORED else 0
     return row
 
@@ -328,22 +351,32 @@ def _padded(parts: Iterable[Bytes]) -> Bytes:
     return np.concatenate([np.pad(part, (0, -part.size % 16)) for part in parts])
 
 
+def _residual(row: _Row, first: int, last: int, part: slice) -> Ints:
+    """Symbols of one tile: what remains after the prediction from the token before."""
+    symbols = row.symbols[first:last, part]
+    if row.gain is None:
+        return symbols
+    before = np.concatenate([np.zeros((1, GROUP), np.int64), symbols[:-1]])
+    return symbols - ((row.gain[part] * before + 1) >> 1)
+
+
 def _sink_tokens(bits: NDArray[Any], shape: Shape, coding: Coding) -> int:
     """What `n_raw = AUTO` comes to."""
     if shape.planes != 2 or shape.tokens < 32:
         return 0
-    votes = 0
+    votes = np.zeros(4, np.int64)
     for row in range(1, shape.rows, 2):
         if coding.modes[row] != PER_TOKEN:
             continue
         x = to_float(bits[row], shape.dtype)
+        yes = _exponents(x[:4]).max(1) == -1000
         exponent = _row_exponent(x, shape.dtype)
-        if exponent is None or _exponents(x[0]).max() == -1000:
-            votes += _exponents(x[0]).max() == -1000
-            continue
-        codes = _token_codes(x[:24], 0, exponent - 28)
-        votes += 16 * codes[0] + 16 * 12 <= codes[8:24].sum()
-    return 4 if 2 * votes >= shape.layers else 0
+        if exponent is not None:
+            codes = _token_codes(x[:24], 0, exponent - 28)
+            yes |= 16 * codes[:4] + 16 * 8 <= codes[8:].sum()
+        votes += yes
+    flagged = np.flatnonzero(2 * votes >= shape.layers)
+    return int(flagged[-1]) + 1 if flagged.size else 0
 
 
 def encode(shape: Shape, coding: Coding, chunk: Bytes) -> Bytes:
@@ -359,7 +392,7 @@ def encode(shape: Shape, coding: Coding, chunk: Bytes) -> Bytes:
         if len(coded) and mode == LOSSLESS:
             row = _lossless(coded, shape.dtype)
         elif len(coded) and mode != RAW:
-            row = _quantise(to_float(coded, shape.dtype), mode, int(coding.offsets[number]), shape.dtype)
+            row = _quantise(to_float(coded, shape.dtype), mode, int(coding.offsets[number]), shape.dtype, len(spans))
         rows.append(row)
     tiles: dict[tuple[int, int, int], Bytes] = {}
     for lossless in (False, True):
@@ -370,7 +403,7 @@ def encode(shape: Shape, coding: Coding, chunk: Bytes) -> Bytes:
                     for group in range(shape.groups):
                         part = slice(group * GROUP, (group + 1) * GROUP)
                         places.append((number, first, group))
-                        symbols.append(row.symbols[first:last, part])
+                        symbols.append(_residual(row, first, last, part))
                         tables.append(row.tables[part])
             if places:
                 tiles.update(zip(places, rans_encode(np.stack(symbols), np.stack(tables), lossless), strict=True))
@@ -450,7 +483,7 @@ def decode(shape: Shape, blob: Bytes, first_layer: int = 0, layers: int | None =
             continue
         symbols = np.zeros((len(chosen), coded, width), np.int64)
         remainder = np.zeros((len(chosen), coded, width), np.uint32)
-        tables = np.stack([row.record & 63 for row in chosen]).reshape(-1, GROUP)
+        tables = np.stack([row.record & 31 for row in chosen]).reshape(-1, GROUP)
         for i, (first, last) in enumerate(_spans(coded, info.tile_tokens)):
             tiles = [tile for row in chosen for tile in row.tiles[i * shape.groups : (i + 1) * shape.groups]]
             skip = 128 + (_remainder_bytes(last - first, shape.dtype) if lossless else 0)
@@ -463,7 +496,7 @@ def decode(shape: Shape, blob: Bytes, first_layer: int = 0, layers: int | None =
                 rest = np.stack([_unpack_remainder(tile[128:skip], last - first, shape.dtype) for tile in tiles])
                 remainder[:, first:last] = _tokens_first(rest, width)
         for j, row in enumerate(chosen):
-            values = _restore(row, symbols[j], remainder[j], shape)
+            values = _restore(row, symbols[j], remainder[j], shape, info.tile_tokens)
             out[row.number - begin, info.n_raw :] = values[:, : shape.channels]
     return out.reshape(-1).view(np.uint8)
 
@@ -499,10 +532,9 @@ def _open_row(shape: Shape, info: Parsed, number: int, row: Bytes, out: NDArray[
     raw[:] = reader.take(raw.nbytes).view(kind).reshape(raw.shape)
     side = reader.take({ANCHORED: 2 * width, PER_TOKEN: coded, LOSSLESS: width}[mode])
     record = reader.take(width).astype(np.int64)
-    if (record & 63).max() >= len(TABLES.lossy if quantised else TABLES.lossless) or (
-        mode == LOSSLESS and (record >> 6).any()
-    ):
-        raise CodecError(f"row {number} names a table that does not exist")
+    kinds = {ANCHORED: range(6), PER_TOKEN: (0, 3, 4, 5), LOSSLESS: (0,)}[mode]
+    if (record & 31).max() >= len(TABLES.lossy if quantised else TABLES.lossless) or set((record >> 5).tolist()) - {*kinds}:
+        raise CodecError(f"row {number} has a channel of a table or kind that does not exist")
     ends = reader.take(4 * len(_spans(coded, info.tile_tokens)) * shape.groups).view("<u4").astype(np.int64)
     starts = np.concatenate([[reader.at], ends])
     if (np.diff(starts) < 128).any() or (starts % 16).any() or starts[-1] != row.size:
@@ -510,7 +542,9 @@ def _open_row(shape: Shape, info: Parsed, number: int, row: Bytes, out: NDArray[
     return _Opened(number, mode, code, base, side, record, [row[a:b] for a, b in zip(starts, starts[1:], strict=False)])
 
 
-def _restore(row: _Opened, symbols: Ints, remainder: NDArray[np.uint32], shape: Shape) -> NDArray[Any]:
+def _restore(
+    row: _Opened, symbols: Ints, remainder: NDArray[np.uint32], shape: Shape, tile_tokens: int
+) -> NDArray[Any]:
     """Elements of the coded tokens, padding channels included."""
     if row.mode == LOSSLESS:
         exponent_bits, mantissa_bits = _BITS[shape.dtype]
@@ -518,7 +552,13 @@ def _restore(row: _Opened, symbols: Ints, remainder: NDArray[np.uint32], shape: 
         sign, mantissa = remainder >> mantissa_bits, remainder & ((1 << mantissa_bits) - 1)
         bits = sign.astype(np.int64) << (exponent_bits + mantissa_bits) | fields << mantissa_bits | mantissa
         return bits.astype(_UNSIGNED[shape.item])
+    kind = row.record >> 5
+    shift, gain = np.where(kind > 2, kind - 2, 0), np.where(kind < 3, kind, 0)
+    if gain.any():
+        for t in range(len(symbols)):
+            if t % tile_tokens:
+                symbols[t] += (gain * symbols[t - 1] + 1) >> 1
     anchor = row.side.view("<i2").astype(np.int64) if row.mode == ANCHORED else 0
     codes = np.array([row.code]) if row.mode == ANCHORED else row.side.astype(np.int64)
     steps = _scale(_STEP, codes, (codes >> 3) + row.base)[:, None]
-    return from_float((symbols + anchor).astype(np.float32) * np.ldexp(steps, row.record >> 6), shape.dtype)
+    return from_float((symbols + anchor).astype(np.float32) * np.ldexp(steps, shift), shape.dtype)

@@ -29,7 +29,8 @@ SETTINGS: dict[str, Any] = {
     "quantization_param_path": None, "kv_cache_dtype": "auto", "attention_backend": "torch_native",
     "prefill_attention_backend": None, "decode_attention_backend": None, "json_model_override_args": "{}",
     "context_length": None, "model_impl": "auto", "load_format": "auto", "enable_deterministic_inference": False,
-    "rl_on_policy_target": None, "speculative_algorithm": None,
+    "rl_on_policy_target": None, "speculative_algorithm": None, "speculative_draft_model_path": None,
+    "speculative_draft_model_revision": None, "enable_tf32_matmul": False,
 }  # fmt: skip
 """Settings of the engine that the adapter reads, by their flat names."""
 

@@ -441,6 +441,27 @@ def test_pages_of_old_weights_are_neither_served_nor_stored(make: Make, settings
     assert quiet(backend)
 
 
+def test_weights_that_change_during_a_write(
+    make: Make, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another of SGLang's threads notices first; the pages at hand are still those of the old weights."""
+    pool = sgl.MHATokenToKVPoolHost("page_first")
+    backend = make(pool)
+    store = backend._stores["kv"]
+    keys_of = store.keys
+
+    def late(hashes: Sequence[str]) -> Any:
+        settings["weight_version"] = "step-2"
+        backend._store()
+        return keys_of(hashes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "keys", late)
+        assert backend.batch_set_v1(hashes(2), indices_of([0, 1])) == [False, False]
+    assert backend.batch_exists(hashes(2)) == 0
+    assert quiet(backend)
+
+
 def test_clear_forgets_and_keeps_apart(make: Make) -> None:
     pool = sgl.MHATokenToKVPoolHost("page_first")
     backend, keys = make(pool), hashes(3)
@@ -512,6 +533,18 @@ def test_a_medium_that_hangs_is_waited_for_until_its_deadline(
     begun = monotonic()
     assert backend.batch_get_v1(hashes(4), indices_of([4, 5, 6, 7])) == [False] * 4
     assert monotonic() - begun < 5
+    injector.release()
+    assert quiet(backend)
+
+
+def test_writing_waits_no_longer_than_the_deadline(make: Make, injector: FaultInjector, tmp_path: Path) -> None:
+    pool = sgl.MHATokenToKVPoolHost("page_first")
+    backend = make(pool, slots=8, tiers=slow_disk(tmp_path, deadline="200ms"))
+    injector["disk"].hold("put_from")
+    begun = monotonic()
+    done = backend.batch_set_v1(hashes(PAGES), indices_of(range(PAGES)))
+    assert monotonic() - begun < 5
+    assert done == sorted(done, reverse=True)  # a prefix
     injector.release()
     assert quiet(backend)
 

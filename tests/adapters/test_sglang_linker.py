@@ -222,7 +222,10 @@ def test_a_failing_copy_aborts_only_its_batch(make: Make, caplog: pytest.LogCapt
     assert linker.finish_layer_wise_loading(linker.start_layer_wise_loading())
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_device_memory_holds_the_same_chunks(device: str) -> None:
     """The copies for device memory, which a CPU's tensors can do as well, and the native ones read each other."""
     pool, other = MHATokenToKVPool(), MHATokenToKVPool(seed=2)

@@ -203,6 +203,17 @@ def test_eviction_shortens_the_hit_and_changes_nothing(model: Any) -> None:
         assert handle.pipeline.stats()["tiers"]["dram"]["evicted"] > 0
 
 
+def test_a_call_says_in_words_what_happened(model: Any, handle: Handle) -> None:
+    said = []
+    for ids, options in ((prompt(40), {}), (prompt(40), {}), (prompt(5), {}), (prompt(40), {"num_beams": 2})):
+        model.generate(ids, max_new_tokens=1, do_sample=False, **options)
+        said.append(str(handle.last))
+    assert said[0].startswith("0 of 40 prompt tokens reused; chunks of 16: 2 computed (not_stored); ")
+    assert said[0].endswith(" ms to store 2")
+    assert said[1].startswith("32 of 40 prompt tokens reused; chunks of 16: 2 dram; ")
+    assert said[2:] == ["nothing to reuse: 5 tokens are less than a chunk of 16", "passed through uncached: decoding"]
+
+
 # -- the caller's side ---------------------------------------------------------------------------------------------
 class Recorder:
     def __init__(self) -> None:
@@ -510,7 +521,16 @@ class OwnGenerate(transformers.LlamaForCausalLM):  # type: ignore[misc]
         return super().generate(*args, **kwargs)
 
 
+def _linear() -> Any:
+    return tiny(
+        "Qwen3Next", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+    )  # fmt: skip
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
+    "linear attention": (_linear, "layers of kind LinearAttentionLayer"),
+    "sparse attention": (lambda: tiny("DeepseekV32", **ARCHITECTURES["DeepseekV3"]), "DynamicIndexedLayer"),
     "encoder-decoder": (_encoder_decoder, "encoder-decoder"),
     "state space": (_mamba, "layers of kind|DynamicCache"),
     "multimodal": (_multimodal, "multimodal"),
@@ -716,7 +736,14 @@ def test_a_batch_that_memory_cannot_hold_is_computed(model: Any) -> None:
 
 
 # -- other caches --------------------------------------------------------------------------------------------------
-def test_static_caches_are_filled_and_stored(model: Any, handle: Handle) -> None:
+@pytest.mark.parametrize("kind", ["Llama", "DeepseekV3"])
+def test_static_caches_are_filled_and_stored(kind: str) -> None:
+    model = tiny(kind, **ARCHITECTURES[kind])
+    with attach(model, config()) as handle:
+        check_static(model, handle)
+
+
+def check_static(model: Any, handle: Handle) -> None:
     ids = prompt(3 * CHUNK + 2)
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5}
     plain = handle.original(ids, cache_implementation="static", **options)

@@ -430,6 +430,33 @@ def test_groups_with_windows(tmp_path: Path) -> None:
     pipeline.check(idle=True)
 
 
+@pytest.mark.parametrize(
+    "changes, world, why",
+    [
+        ({"load": "async"}, 1, "load: async with several KV cache groups"),
+        ({"config": {"chunk_tokens": 128, "tiers": []}}, 1, "at most 64"),
+        ({}, 2, "1 of 2 workers"),
+    ],
+)
+def test_arrangements_that_run_without_caching(
+    changes: dict[str, Any], world: int, why: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    config, groups = engine_config(parallel_config__world_size=world), cache_config(spec(), window(64))
+    tiers = [{"name": "dram", "capacity": "8MiB", "backend": {"type": "cpu"}}]
+    changes.get("config", {})["tiers"] = tiers
+    extra = {"config": {"chunk_tokens": 64, "tiers": tiers}, **changes}
+    config.kv_transfer_config.kv_connector_extra_config = extra
+    worker, scheduler = (
+        LMCacheCoreConnector(config, role, groups) for role in (KVConnectorRole.WORKER, KVConnectorRole.SCHEDULER)
+    )
+    worker.register_kv_caches(memory())
+    scheduler.set_xfer_handshake_metadata({0: worker.get_handshake_metadata()})
+    assert why in caplog.text
+    assert scheduler.get_num_new_matched_tokens(request(), 0) == (0, False)
+    worker.shutdown()
+
+
 def test_windows_shorter_than_a_chunk_are_refused() -> None:
     compat.refuse_chunk(cache_config(spec(), window(64)), 64)
     with pytest.raises(Unsupported, match=r"chunk_tokens to at most 64.*--disable-hybrid-kv-cache-manager"):

@@ -1,6 +1,6 @@
 """Several lifetimes of a real vLLM engine in one process; prints what each did as one line of JSON.
 
-usage: vllm_lifetimes.py WORK_DIRECTORY (tiny | two | MODEL_DIRECTORY)
+usage: vllm_lifetimes.py WORK_DIRECTORY (tiny | two | mixed | MODEL_DIRECTORY)
 
 Run in a process of its own: vLLM keeps global state and its environment must be set before it is imported.
 """
@@ -468,24 +468,86 @@ def real(model: Path, work: Path) -> dict[str, Any]:
 
 
 def two(work: Path) -> dict[str, Any]:
-    """Two workers, each with half of the heads (tensor parallel) or of the layers (pipeline parallel)."""
+    """Two workers, each with half of the heads (tensor parallel)."""
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    return _kind(tiny_model(work / "model"), work / "kv", **options)
+
+
+def mixed(work: Path) -> dict[str, Any]:
+    """500 requests in little room: shared beginnings, aborts, preemptions, and a disk whose reads fail or lie."""
+    from vllm import SamplingParams
+
+    random = Random(11)
+    roots = [random.choices(range(3, 512), k=800) for _ in range(8)]
+    prompts = [
+        random.choice(roots)[: random.randrange(10, 780)] + random.choices(range(3, 512), k=random.randrange(1, 40))
+        for _ in range(500)
+    ]
     model = tiny_model(work / "model")
-    os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    found = {}
-    for kind in ("tensor", "pipeline"):
-        # Room by the environment, not by an option: with the option vLLM does not profile, and fails with pipelines.
-        options = {f"{kind}_parallel_size": 2, "distributed_executor_backend": "mp", "kv_cache_memory_bytes": None}
-        found[kind] = _kind(model, work / "kv", **options)
+    room = {"kv_cache_memory_bytes": 24 * 262144, "max_model_len": 900, "load": "async", "dram": "6MiB"}
+    with engine(model, work / "kv", **room) as e:
+        blocks = e.core.scheduler.kv_cache_manager.block_pool
+        found: dict[str, Any] = {"requests": len(prompts), "free_blocks_before": blocks.get_num_free_blocks()}
+        expected = [answer["tokens"] for answer in e.ask(prompts, 8, tell=ALONE)]
+        preempted = _count(e.core.scheduler, "_preempt_request")
+        failures = _fail_reads(e.connector._scheduler.pipeline.tiers[0], random)
+        llm_engine = e.llm.llm_engine
+        waiting = list(range(len(prompts)))
+        live: set[str] = set()
+        answers: dict[str, list[int]] = {}
+        aborted = 0
+        while waiting or llm_engine.has_unfinished_requests():
+            while waiting and len(live) < 8:
+                at = waiting.pop()
+                params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+                llm_engine.add_request(str(at), {"prompt_token_ids": prompts[at]}, params)
+                live.add(str(at))
+            for output in llm_engine.step():
+                if output.finished:
+                    live.discard(output.request_id)
+                    answers[output.request_id] = list(output.outputs[0].token_ids)
+            if live and random.random() < 0.05:
+                victim = random.choice(sorted(live))
+                llm_engine.abort_request([victim])
+                live.discard(victim)
+                aborted += 1
+        for _ in range(50):
+            e.core.step_fn()
+        books = e.books()
+        found["differing"] = [at for at, tokens in answers.items() if tokens != expected[int(at)]]
+        found |= {"aborted": aborted, "preemptions": preempted[0], "failed_reads": failures[0]}
+        found |= {"misses": books["misses"], "loaded_tokens": books["counts"]["loaded_tokens"]}
+        found |= {"failed_blocks": books["counts"].get("failed_blocks", 0), "answered": len(answers)}
+        found["free_blocks"] = blocks.get_num_free_blocks()
     return found
+
+
+def _fail_reads(tier: Any, random: Random) -> list[int]:
+    """Let some reads of a tier fail and some give a wrong byte; the number of them."""
+    failures, read = [0], tier.backend.get_into
+
+    def get_into(keys: Any, buffers: Any) -> Any:
+        got = list(read(keys, buffers))
+        for i, buffer in enumerate(buffers):
+            if isinstance(got[i], int) and random.random() < 0.1:
+                failures[0] += 1
+                if random.random() < 0.5:
+                    got[i] = OSError("injected")
+                else:
+                    buffer[got[i] // 2] ^= 1
+        return got
+
+    tier.backend.get_into = get_into
+    return failures
 
 
 def main(arguments: Sequence[str]) -> None:
     work = Path(arguments[0])
     work.mkdir(parents=True, exist_ok=True)
-    run: Callable[[], dict[str, Any]] = lambda: (  # noqa: E731
-        {"tiny": tiny, "two": two}.get(arguments[1], lambda work: real(Path(arguments[1]), work / "kv"))(work)
-    )
-    print("\n" + json.dumps(run()))
+    runs: dict[str, Callable[[Path], dict[str, Any]]] = {"tiny": tiny, "two": two, "mixed": mixed}
+    run = runs.get(arguments[1]) or (lambda work: real(Path(arguments[1]), work / "kv"))
+    print("\n" + json.dumps(run(work)))
 
 
 if __name__ == "__main__":

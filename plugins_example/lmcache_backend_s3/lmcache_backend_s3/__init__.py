@@ -68,15 +68,15 @@ class S3Backend(AsyncStorage):
             return bool(await obstore.head_async(self.store, object_name(key)))
         return False
 
-    async def load(self, key: ChunkKey, buffer: memoryview) -> int | None:
+    def load(self, key: ChunkKey, buffer: memoryview) -> int | None:
         try:
-            got = await obstore.get_async(self.store, object_name(key))
+            got = obstore.get(self.store, object_name(key))
         except FileNotFoundError:
             return None
         if got.meta["size"] > len(buffer):
             raise CorruptChunk("corrupt", f"{got.meta['size']} bytes, more than any object of this tier")
         filled = 0
-        async for piece in got.stream(min_chunk_size=1 << 20):
+        for piece in got.stream(min_chunk_size=1 << 20):
             buffer[filled : filled + len(piece)] = piece
             filled += len(piece)
         return filled

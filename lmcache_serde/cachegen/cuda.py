@@ -1,0 +1,98 @@
+"""The `cachegen` codec on an NVIDIA GPU: the same bytes and the same values as on the host, queued on a stream.
+
+Memory is the caller's, as addresses: blobs, chunks (canonical order), scratch and results in device memory or pinned
+host memory, blobs and chunks at multiples of 16, scratch at a multiple of 256. Nothing is allocated and nothing waits:
+results are there when an event recorded on the stream after the call has fired.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from lmcache_core import _cuda, _native
+from lmcache_serde.cachegen.format import TABLES, Coding, Shape
+from lmcache_serde.cachegen.native import _described as described
+
+if TYPE_CHECKING:
+    from lmcache_core._native import Integers
+
+
+@functools.cache
+def why_not() -> str:
+    """Why the codec cannot run on a GPU here, with the fix; empty when it can."""
+    if reason := _cuda.why_not():
+        return reason
+    count = _cuda.call("codec_numbers", None, 0)
+    numbers = np.zeros(count, np.int32)
+    _cuda.call("codec_numbers", numbers.ctypes.data, count)
+    if xxhash.xxh3_64_intdigest(numbers.astype("<u2").tobytes()) != TABLES.id:
+        return f"{_cuda.LIBRARY.name} was built with other codec tables than these sources: reinstall lmcache-core"
+    return ""
+
+
+def scratch_bytes(shape: Shape, count: int, coding: Coding | None = None) -> int:
+    """Scratch memory to decode `count` chunks, or with `coding` to encode them."""
+    codec = described(shape, coding)
+    return _cuda.call("codec_scratch", ctypes.byref(codec), count, coding is not None)
+
+
+def encode(
+    shape: Shape,
+    coding: Coding,
+    chunks: Integers,
+    outs: Integers,
+    scratch: tuple[int, int],
+    sizes: int,
+    raw_rows: int,
+    stream: int,
+    device: int = 0,
+) -> None:
+    """Queue the encoding of the chunks at addresses `chunks` into room of `shape.bound` bytes each at `outs`.
+
+    `scratch` is address and length. `sizes` (int64) and `raw_rows` (int32) are addresses of `[count]` results: bytes of
+    each blob, and rows that are stored as they are although `coding` wanted to code them.
+    """
+    coding = coding.checked(shape)
+    sources, targets = _vectors(chunks, outs)
+    codec = described(shape, coding)
+    at = (_native.address_of(sources), _native.address_of(targets), sources.size)
+    _cuda.call("codec_encode", device, ctypes.byref(codec), TABLES.id, *at, *scratch, sizes, raw_rows, stream)
+
+
+def decode(
+    shape: Shape,
+    blobs: Integers,
+    lengths: Integers,
+    outs: Integers,
+    scratch: tuple[int, int],
+    status: int,
+    stream: int,
+    *,
+    device: int = 0,
+    first_layer: int = 0,
+    layers: int | None = None,
+    ctas: int = 0,
+) -> None:
+    """Queue the decoding of `layers` layers from `first_layer` on (all by default) into room of just these at `outs`.
+
+    `status` is the address of int32 `[count]`: 0 for each blob that was whole, else a code of lmcache_codec.h; what its
+    room holds then is unspecified. At most `ctas` thread blocks decode, 0 for as many as are useful.
+    """
+    count = shape.layers - first_layer if layers is None else layers
+    sources, sizes, targets = _vectors(blobs, lengths, outs)
+    codec = described(shape)
+    at = (*(_native.address_of(vector) for vector in (sources, sizes, targets)), sources.size)
+    where = (first_layer, count, *scratch, status, ctas, stream)
+    _cuda.call("codec_decode", device, ctypes.byref(codec), TABLES.id, *at, *where)
+
+
+def _vectors(*columns: Integers) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    vectors = [np.ascontiguousarray(column, np.int64) for column in columns]
+    if any(vector.shape != (vectors[0].size,) for vector in vectors):
+        raise ValueError(f"a batch needs vectors of one length, got {[vector.shape for vector in vectors]}")
+    return vectors

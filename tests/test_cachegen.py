@@ -1,0 +1,183 @@
+"""Serde `cachegen`: the kit at every level, pages of an engine, refusals, and the commands that measure it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lmcache_core.cli import bench_codec, codec_kv, codec_quality
+from lmcache_core.copies import PagedKV, PageGeometry
+from lmcache_core.errors import CorruptChunk, Unsupported
+from lmcache_core.layout import KVLayout
+from lmcache_core.protocols import Ladder, SerdeContext
+from lmcache_core.testing.serde import OpenSerde, SerdeTests, kv_like, values
+from lmcache_serde.cachegen import LEVELS, CacheGen, CacheGenConfig, Level
+
+pytestmark = pytest.mark.timeout(60)
+
+LAYOUT = KVLayout("lknhd", "bfloat16", 2, 2, 2, 16, chunk_tokens=32, block_tokens=16)
+
+
+class TestLossless(SerdeTests):
+    @pytest.fixture
+    def open_serde(self) -> OpenSerde:
+        return CacheGenConfig(level="lossless").build
+
+
+class TestBalanced(SerdeTests):
+    tolerance = 0.2
+
+    @pytest.fixture
+    def open_serde(self) -> OpenSerde:
+        return CacheGenConfig().build
+
+
+class TestNear(SerdeTests):
+    tolerance = 0.03
+
+    @pytest.fixture
+    def open_serde(self) -> OpenSerde:
+        return CacheGenConfig(level="near").build
+
+
+def serde(layout: KVLayout = LAYOUT, level: Level = "balanced") -> CacheGen:
+    return CacheGen(layout, level)
+
+
+def encode(serde: CacheGen, chunk: bytes, start: int = -1) -> bytes:
+    room = bytearray(serde.bound())
+    (size,) = serde.encode([memoryview(chunk)], [memoryview(room)], [start])
+    return bytes(room[:size])
+
+
+def decode(serde: CacheGen, blob: bytes) -> bytes:
+    room = bytearray(serde.shape.nbytes)
+    serde.decode([memoryview(blob)], [memoryview(room)])
+    return bytes(room)
+
+
+def context(layout: KVLayout) -> SerdeContext:
+    return SerdeContext(layout, layout.chunk_bytes)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_level_is_as_good_as_its_name(level: Level) -> None:
+    """Better levels take more and lose less; each is named in its objects."""
+    chunk = kv_like(context(LAYOUT))
+    want = values(chunk, "bfloat16")
+    assert want is not None
+    sizes, errors = [], []
+    for name in LEVELS:
+        one = serde(level=name)
+        blob = encode(one, chunk)
+        got = values(decode(one, blob), "bfloat16")
+        assert got is not None
+        sizes.append(len(blob))
+        errors.append(float(np.sqrt(np.mean((got - want) ** 2))))
+    at = list(LEVELS).index(level)
+    assert serde(level=level).codec == f"cachegen/1/{level}"
+    assert serde(level=level).lossless == (level == "lossless") == (errors[at] == 0)
+    assert errors == sorted(errors)
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_first_tokens_of_a_sequence_are_kept_exactly() -> None:
+    chunk = kv_like(context(LAYOUT))
+    want = np.frombuffer(chunk, "<u2").reshape(2, 2, 32, 32)
+    for start, exact in ((0, 2), (256, 0)):
+        got = np.frombuffer(decode(serde(), encode(serde(), chunk, start)), "<u2").reshape(want.shape)
+        same = (got == want).all(axis=(0, 1, 3))
+        assert same[:exact].all() and not same[exact:].any()
+
+
+def test_rows_that_a_level_cannot_hold_are_kept_and_counted() -> None:
+    numbers = np.frombuffer(kv_like(context(LAYOUT)), "<u2").copy().reshape(2, 2, 32, 32)
+    numbers[1, 0, 5, 7] = 0x7F80  # infinity, in the K of layer 1
+    one = serde()
+    back = np.frombuffer(decode(one, encode(one, numbers.tobytes(), 256)), "<u2").reshape(numbers.shape)
+    assert (back[1, 0] == numbers[1, 0]).all() and (back[0] != numbers[0]).any()
+    assert one.refused_rows == 1
+
+
+def test_what_it_cannot_code_is_refused_when_it_is_built() -> None:
+    wrong = [
+        (replace(LAYOUT, dtype="int8"), "int8"),
+        (replace(LAYOUT, chunk_tokens=2048), "tokens"),
+        (replace(LAYOUT, order="pages", packing="vllm-cuda/1/NHD/x/0"), "only the pages of vLLM on CPU"),
+        (replace(LAYOUT, order="pages", packing="vllm-cpu/1/LAYOUT/neon/01234567"), "no known packing 'neon'"),
+        (replace(LAYOUT, order="pages", packing="vllm-cpu/1/LAYOUT/vec/01234567"), "packs its pages in another way"),
+        (replace(LAYOUT, order="pages", packing="vllm-cpu/1/LAYOUT/vec/0", page_bytes=8192), "padded"),
+    ]
+    for layout, reason in wrong:
+        with pytest.raises(Unsupported, match=reason):
+            CacheGenConfig().build(context(layout))
+
+
+def test_adaptive_is_a_ladder_of_levels() -> None:
+    ladder = CacheGenConfig(level="adaptive", levels=("near", "small"), target=0.5).build(context(LAYOUT))
+    assert isinstance(ladder, Ladder)
+    assert [rung.codec for rung in ladder.rungs] == ["cachegen/1/near", "cachegen/1/small"]
+    assert ladder.parts == (1 / 2.8, 1 / 7.2) and ladder.target == 0.5 and not ladder.lossless
+    with pytest.raises(Unsupported, match="order"):
+        CacheGenConfig(level="adaptive", levels=("small", "near")).build(context(LAYOUT))
+
+
+@pytest.mark.parametrize(
+    "isa,dtype,mark",
+    [
+        ("amx", "bfloat16", "ec025d68"),
+        ("vec", "bfloat16", "00af6ea9"),
+        ("vec", "float32", "043d84ff"),
+        ("vec16", "float16", "1775d655"),
+    ],
+)
+def test_pages_of_vllm_become_the_blobs_of_canonical_chunks(isa: str, dtype: str, mark: str) -> None:
+    """The marks are what vLLM 0.32's own kernel gave; that its packing is the geometry's is tested in test_copies."""
+    plain = KVLayout("lknhd", dtype, 2, 2, 3, 64, chunk_tokens=64, block_tokens=32)
+    paged = replace(plain, order="pages", packing=f"vllm-cpu/1/LAYOUT/{isa}/{mark}")
+    chunk = np.frombuffer(kv_like(context(plain)), np.uint8)
+    pages = np.zeros_like(chunk)
+    bases = np.arange(2) * plain.blocks * plain.block_bytes + pages.ctypes.data
+    PagedKV(bases, PageGeometry.vllm_cpu(plain, isa), 2, owner=pages).scatter([0, 1], [chunk.ctypes.data])
+    assert not np.array_equal(pages, chunk)
+    blob = encode(serde(paged, "lossless"), pages.tobytes())
+    assert blob == encode(serde(plain, "lossless"), chunk.tobytes())
+    assert decode(serde(paged, "lossless"), blob) == pages.tobytes()
+
+
+def test_a_damaged_blob_is_corrupt() -> None:
+    blob = bytearray(encode(serde(), kv_like(context(LAYOUT))))
+    for at in range(0, len(blob), 61):
+        blob[at] ^= 0x10
+        with pytest.raises(CorruptChunk):
+            decode(serde(), bytes(blob))
+        blob[at] ^= 0x10
+
+
+# -- measuring -------------------------------------------------------------------------------------------------
+def test_bench_codec_measures_every_level() -> None:
+    layout = KVLayout("lknhd", "bfloat16", 2, 2, 1, 64, 64, 64)
+    rows = bench_codec.measure(layout, [bench_codec.made_up(layout, 0)], 1)
+    assert list(rows) == [*LEVELS, "zstd-1"]
+    assert rows["balanced"].ratio > rows["near"].ratio > rows["lossless"].ratio > rows["zstd-1"].ratio > 1
+    assert all(row.encode_gb_s_core > 0 and row.decode_gb_s_core > 0 for row in rows.values())
+
+
+def test_quality_of_exact_kv_is_perfect_and_of_less_is_less(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 97}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **heads)).eval()
+    ids = np.random.default_rng(0).integers(0, 97, 96).tolist()
+    rows = codec_quality.measure(codec_kv.Reader(model), ids, 64, chunk_tokens=32)
+    kl = {level: judgement.kl for level, (_, judgement) in rows.items()}
+    assert abs(kl["lossless"]) < 1e-6 and rows["lossless"][1].top1 == 100
+    assert kl["near"] < kl["balanced"] < kl["tiny"]
+    figures = {level: codec_quality.record(bits, [judgement]) for level, (bits, judgement) in rows.items()}
+    assert "balanced" in codec_quality.render(figures)
+    assert codec_quality.plot(figures).count("<circle") == sum(row["kl"] > 0 for row in figures.values())
