@@ -26,7 +26,7 @@ CSRC   := $(shell find csrc -type f 2>/dev/null)
 export OMP_WAIT_POLICY ?= passive
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-vllm test lint format bench bench-peer bench-docs soak sglang test-sglang clean distclean model system vllm-long vllm-versions
+.PHONY: help install demo demo-vllm test lint format bench bench-peer bench-docs gpu soak sglang test-sglang clean distclean model system vllm-long vllm-versions
 
 help:
 	@echo "make demo        cold, from DRAM, after a restart from disk: on a real model, in minutes"
@@ -37,6 +37,7 @@ help:
 	@echo "make bench-peer  the same beside LMCache 0.5.6           make bench-docs  all of it, into docs/benchmarks.md"
 	@echo "make vllm-long    longer runs of vLLM                     make vllm-versions  the adapter on older releases of vLLM"
 	@echo "make sglang      SGLang for the CPU in .venv-sglang   make test-sglang    the adapter in the real engine, two processes"
+	@echo "make gpu         on a GPU: build, test, measure, into docs/benchmarks-gpu.md"
 	@echo "make clean       build products and caches                make distclean   also $(VENV) and $(MODELS)"
 
 # -- environments: each stamp stands for one finished installation ----------------------------------------------
@@ -137,6 +138,11 @@ bench-peer: install $(PEER)/.installed
 
 bench-docs: install $(PEER)/.installed
 	PEER_PYTHON=$(PEER)/bin/python $(BIN)/python benchmarks/run.py $(ARGS)
+
+# Needs a GPU, its driver, nvcc and PyTorch for CUDA in $(GPU_PYTHON); asks no registry.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 soak: install
 	cd tests && $(abspath $(BIN))/python -m faults.soak_crash kills --cycles 10000 $(ARGS)

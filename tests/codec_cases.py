@@ -1,64 +1,110 @@
-"""Chunks for tests of the codec on a GPU: every dtype, mode and kind of row, odd shapes among them."""
+"""Inputs for the tests of the `cachegen` codec, and damage for its blobs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lmcache_serde.cachegen.format import ANCHORED, AUTO, DTYPES, LOSSLESS, PER_TOKEN, RAW, Coding, Shape
-from lmcache_serde.cachegen.reference import from_float
+from lmcache_serde.cachegen import reference
+from lmcache_serde.cachegen.format import ANCHORED, AUTO, DTYPES, LOSSLESS, PER_TOKEN, RAW, Coding, Shape, check64, parse
+
+KINDS = ("plain", "sink", "outliers", "extreme", "sparse", "not finite", "noise", "zero")
 
 
-@dataclass(frozen=True)
-class Case:
-    shape: Shape
-    coding: Coding
-    kind: str = "keys"
-    """`keys` as models have them, `walk`s whose neighbours are alike, `bits` of any kind, `wide` ranges."""
-
-    def chunk(self, seed: int = 0) -> NDArray[np.uint8]:
-        rng = np.random.default_rng(seed)
-        shape = (self.shape.rows, self.shape.tokens, self.shape.channels)
-        if self.kind == "bits":
-            return rng.integers(0, 256, self.shape.nbytes, dtype=np.uint8)
-        x = rng.normal(0, 1, shape) * np.exp(rng.normal(0, 0.7, (shape[0], 1, shape[2])))
-        if self.kind == "walk":
-            x = np.cumsum(x, 1) * 0.3
-        if self.kind == "wide":
-            x *= 10.0 ** rng.integers(-30, 5, (shape[0], shape[1], 1))
-        x[:, :2] *= 0.01  # sinks: small values of V at the start of a sequence
-        x += rng.normal(0, 3, (shape[0], 1, shape[2])) * (np.arange(shape[0]) % 2 == 0)[:, None, None]
-        bits = from_float(np.clip(x, -400, 400).astype(np.float32), self.shape.dtype)
-        return np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
+def coding(shape: Shape, modes: tuple[int, ...] = (ANCHORED, PER_TOKEN), offset: int = -24, **more: Any) -> Coding:
+    """The same for every layer."""
+    each = np.tile(np.array(modes[: shape.planes], np.uint8), shape.layers)
+    return Coding(3, each, np.full(shape.rows, offset, np.int16), **more)
 
 
-def case(
-    dtype: str, sizes: tuple[int, int, int, int], modes: list[int], offset: int, kind: str = "keys", **options: int
-) -> Case:
-    shape = Shape(dtype, *sizes)
-    rows = np.resize(np.array(modes, np.uint8), shape.rows)
-    return Case(shape, Coding(3, rows, np.full(shape.rows, offset, np.int16), **options), kind)
+def floats(rng: np.random.Generator, shape: Shape, kind: str) -> NDArray[np.float32]:
+    """Values `[row][token][channel]` with channel offsets, drifting tokens and what `kind` says."""
+    size = (shape.rows, shape.tokens, shape.channels)
+    channel = (shape.rows, 1, shape.channels)
+    noise = rng.standard_normal(size)
+    if shape.rows % 2:
+        noise = np.cumsum(noise, 1) * 0.5
+    values = noise * np.exp(rng.standard_normal(channel)) + 3 * rng.standard_normal(channel)
+    if kind == "sink":
+        values[:, 0] *= 0.01
+    elif kind == "outliers":
+        values[0] = 0
+        values[:, :, 0] *= 300
+        values[:, -1, -1] *= 40
+    elif kind == "extreme":
+        values *= 10.0 ** int(rng.integers(-39, 36))
+    elif kind == "sparse":
+        values[rng.random(size) < 0.3] = 0
+        values[:, shape.tokens // 2] = 0
+    elif kind == "zero":
+        values *= 0.0
+    values = np.clip(values, -3e38, 3e38).astype(np.float32)
+    if kind == "not finite":
+        values[0, 0, 0], values[-1, -1, -1] = np.nan, np.inf
+    return values
 
 
-CASES = {
-    **{
-        f"{dtype} mode {mode}": case(dtype, (2, 2, 40, 100), [mode], -24, n_raw=3, tile_tokens=16)
-        for dtype in DTYPES
-        for mode in (ANCHORED, PER_TOKEN, LOSSLESS)
-    },
-    "usual": case("bfloat16", (2, 2, 256, 128), [ANCHORED, PER_TOKEN], -18, n_raw=AUTO),
-    "neighbours alike": case("bfloat16", (2, 2, 256, 64), [ANCHORED], -30, "walk"),
-    "neighbours alike, in ranges": case("bfloat16", (1, 2, 90, 64), [ANCHORED], -30, "walk", tile_tokens=32),
-    "coarse": case("float16", (2, 2, 64, 64), [ANCHORED, PER_TOKEN], 32, n_raw=AUTO),
-    "fine": case("bfloat16", (2, 2, 64, 72), [ANCHORED, PER_TOKEN], -70, n_raw=AUTO),
-    "too fine to code": case("bfloat16", (1, 2, 33, 65), [ANCHORED, PER_TOKEN], -160),
-    "random bits": case("bfloat16", (2, 2, 33, 65), [ANCHORED, PER_TOKEN, LOSSLESS, RAW], -24, "bits", n_raw=1),
-    "random bits of fp8": case("float8_e4m3fn", (2, 1, 33, 66), [ANCHORED, LOSSLESS], -24, "bits"),
-    "wide": case("bfloat16", (2, 2, 48, 64), [PER_TOKEN, ANCHORED], -24, "wide", n_raw=AUTO),
-    "latents": case("bfloat16", (3, 1, 64, 576), [ANCHORED], -24, n_raw=4),
-    "one element": case("bfloat16", (1, 2, 1, 1), [ANCHORED, LOSSLESS], 0),
-    "nothing coded": case("bfloat16", (1, 2, 8, 64), [ANCHORED, PER_TOKEN], 0, n_raw=8),
-    "single tokens": case("bfloat16", (1, 2, 5, 130), [ANCHORED, LOSSLESS], -24, tile_tokens=1),
-}
+def chunk(rng: np.random.Generator, shape: Shape, kind: str) -> NDArray[np.uint8]:
+    """The bytes of a chunk."""
+    if kind == "noise":
+        return rng.integers(0, 256, shape.nbytes, np.uint8)
+    values = floats(rng, shape, kind)
+    if shape.dtype in ("float32", "bfloat16"):
+        words = values.view(np.uint32)
+        bits: NDArray[Any] = words if shape.dtype == "float32" else (words >> 16).astype(np.uint16)
+    elif shape.dtype == "float16":
+        with np.errstate(over="ignore"):
+            bits = values.astype(np.float16).view(np.uint16)
+    else:
+        largest = 448 if shape.dtype == "float8_e4m3fn" else 57344
+        bits = reference.from_float(np.nan_to_num(np.clip(values, -largest, largest)), shape.dtype)
+        if kind == "not finite":
+            bits[0, 0, 0] = 0x7F
+    return np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
+
+
+def any_case(rng: np.random.Generator) -> tuple[Shape, Coding, NDArray[np.uint8]]:
+    """A shape, a way to code it and a chunk, odd ones more often than not."""
+    shape = Shape(
+        str(rng.choice(list(DTYPES))),
+        int(rng.integers(1, 4)),
+        int(rng.integers(1, 3)),
+        int(rng.choice([1, 2, 7, 33, 64, 65, 100, 130])),
+        int(rng.choice([1, 5, 64, 70, 128, 192, 200, 320])),
+    )
+    how = Coding(
+        3,
+        rng.choice([RAW, ANCHORED, PER_TOKEN, LOSSLESS], shape.rows, p=[0.1, 0.4, 0.3, 0.2]).astype(np.uint8),
+        rng.integers(-90, 32, shape.rows).astype(np.int16),
+        int(rng.choice([AUTO, 0, 1, 4])),
+        int(rng.choice([16, 64, 100, 256])),
+    )
+    return shape, how, chunk(rng, shape, str(rng.choice(KINDS)))
+
+
+def reseal(blob: NDArray[np.uint8], shape: Shape, starts: NDArray[np.int64]) -> None:
+    """Put the right checks into a blob that was tampered with, so that its contents are what a decoder must survive."""
+    for start, end in zip(starts, starts[1:], strict=False):
+        blob[start : start + 8].view("<u8")[0] = check64(blob[start + 8 : end])
+    blob[56:64].view("<u8")[0] = check64(blob[:56], blob[64 : starts[0]])
+
+
+def tampered(rng: np.random.Generator, blob: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
+    """A copy with a few bytes changed, mostly where a decoder takes its bearings, under checks that match."""
+    starts = parse(blob, shape).starts
+    copy = blob.copy()
+    for _ in range(int(rng.integers(1, 4))):
+        row = int(rng.integers(shape.rows))
+        start, end = int(starts[row]), int(starts[row + 1])
+        where = rng.random()
+        if where < 0.1:
+            at = int(rng.integers(4, starts[0]))
+        elif where < 0.3:
+            at = start + int(rng.integers(8, 16))
+        else:
+            at = int(rng.integers(start + 16, min(end, start + 16 + (200 if where < 0.6 else 1 << 30))))
+        copy[at] = rng.integers(256) if rng.random() < 0.5 else copy[at] ^ (1 << int(rng.integers(8)))
+    reseal(copy, shape, starts)
+    return copy

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,18 @@ from lmcache_serde.cachegen.format import DTYPES, TABLES, Coding, Shape
 ROOT = Path(__file__).parents[1]
 
 
-def build(directory: Path) -> ctypes.CDLL | None:
-    """The library, built into `directory`; None where there is no compiler."""
+@functools.cache
+def build() -> ctypes.CDLL | None:
+    """The library; None where there is no compiler."""
     compiler = next(filter(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")), None)
     if compiler is None:
         return None
-    out = directory / "emulation.so"
     options = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
     source = ROOT / "tests" / "cuda_emulation.cpp"
-    subprocess.run([compiler, *options, f"-I{ROOT}/csrc/include", source, "-o", out], check=True)
-    library = ctypes.CDLL(str(out))
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "emulation.so"
+        subprocess.run([compiler, *options, f"-I{ROOT}/csrc/include", source, "-o", out], check=True)
+        library = ctypes.CDLL(str(out))  # stays when the file is gone
     library.emulate_copy_pages.restype = ctypes.c_int64
     library.emulate_copy_pages.argtypes = [*_cuda._SIGNATURES["lmc_cuda_copy_pages"]]
     pointer, uint64 = ctypes.c_void_p, ctypes.c_uint64

@@ -321,6 +321,7 @@ def test_plain_methods_run_on_threads() -> None:
 def test_a_plain_method_that_goes_on_after_the_deadline_writes_nothing() -> None:
     backend = Blocking()
     buffer = aligned(8192)
+    buffer[:] = bytes(8192)
     (late,) = backend.get_into([key_of(0)], [buffer])
     assert isinstance(late, BackendError)
     backend.both.wait(10)  # the thread goes on

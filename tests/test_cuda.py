@@ -42,8 +42,8 @@ from lmcache_core.gpu import CudaError, GpuPagedKV, How, Rope
 
 
 @pytest.fixture(scope="module")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    library = cuda_emulation.build(tmp_path_factory.mktemp("emulation"))
+def emulation() -> ctypes.CDLL:
+    library = cuda_emulation.build()
     if library is None:
         pytest.skip("no C++ compiler here")
     return library
@@ -140,7 +140,7 @@ def test_mla_latents_and_opaque_pages(emulated: cuda_emulation.Pages) -> None:
     assert np.array_equal(slot.view(np.uint16), pages[:, [4, 1]].ravel())
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(made=geometries(), data=st.data())
 def test_random_geometries_equal_the_reference(
     emulation: ctypes.CDLL, made: tuple[PageGeometry, int], data: st.DataObject
@@ -349,3 +349,15 @@ except _cuda.CudaError as error:
         first, second = ran.stdout.splitlines()
         assert first.startswith("False") and expected in first
         assert expected in second
+
+
+def test_measuring_without_a_gpu_ends_with_the_reason(tmp_path: Path) -> None:
+    if _cuda.available():
+        pytest.skip("there is a GPU here")
+    command = [sys.executable, str(cuda_emulation.ROOT / "benchmarks" / "gpu.py"), "--no-build", "--out", str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("nothing was measured: ") and "Traceback" not in ran.stderr
+    assert not list(tmp_path.iterdir())
+    ran = subprocess.run([*command, "--wheels", str(tmp_path)], capture_output=True, text=True)
+    assert ran.returncode == 2 and f"no wheels in {tmp_path}" in ran.stderr

@@ -7,7 +7,7 @@ import ctypes
 import cuda_emulation
 import numpy as np
 import pytest
-from codec_cases import CASES
+from cuda_cases import CASES
 
 from lmcache_core import _cuda
 from lmcache_serde.cachegen import cuda, reference
@@ -15,8 +15,8 @@ from lmcache_serde.cachegen.format import TABLES, CodecError, check64, parse
 
 
 @pytest.fixture(scope="module")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    library = cuda_emulation.build(tmp_path_factory.mktemp("emulation"))
+def emulation() -> ctypes.CDLL:
+    library = cuda_emulation.build()
     if library is None:
         pytest.skip("no C++ compiler here")
     return library

@@ -482,28 +482,32 @@ def test_a_tier_that_cannot_delete_says_so() -> None:
 
 
 def test_a_read_under_way_does_not_bring_back_what_is_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
-    injector = FaultInjector({"store": Rates()})
-    with faulty(injector) as engine:
+    with faulty(FaultInjector({})) as engine:
         tokens = prompt(CHUNK)
         engine.put("doc", tokens, truth(engine, tokens))
         engine.pipeline.flush(10.0)
-        engine.pipeline.clear("dram")
-        head = engine._head_key("doc")
-        injector["store"].hold("get_into")
-        transfer = engine.pipeline.fetch([head])
-        store, deleting = engine.pipeline.tiers[0], threading.Event()
-        forget = store.forget
+        head, store = engine._head_key("doc"), engine.pipeline.tiers[0]
+        for key in list(engine.pipeline.slots.index):
+            engine.pipeline.slots.hide(key)
+        read, forget = store.read, store.forget
+        was_read, deleted = threading.Event(), threading.Event()
+
+        def slow_read(*args: Any) -> Any:
+            outcomes = read(*args)
+            was_read.set()
+            assert deleted.wait(30.0)
+            return outcomes
 
         def announced(keys: Any) -> int:
-            deleting.set()
-            return forget(keys)
+            count = forget(keys)
+            deleted.set()
+            return count
 
+        monkeypatch.setattr(store, "read", slow_read)
         monkeypatch.setattr(store, "forget", announced)
-        evicting = threading.Thread(target=engine.pipeline.discard, args=([head],))
-        evicting.start()
-        assert deleting.wait(30.0)
-        injector.release()
-        evicting.join(30.0)
+        transfer = engine.pipeline.fetch([head])
+        assert was_read.wait(30.0)
+        engine.pipeline.discard([head])
         with transfer.result() as lease:
             assert not lease
         assert not engine.has("doc")

@@ -88,9 +88,11 @@ struct Kernels {
     void (*check)(const uint8_t *data, int64_t words, uint64_t first, uint64_t *plain, uint64_t *weighted);
     void (*decode)(DecodeTile *tiles, int count, int tokens, const uint32_t *table);
     void (*encode)(EncodeTile *tiles, int count, int tokens, const uint32_t *table, const uint32_t *reciprocal);
-    // `decode` and `restore` of bfloat16 in one, or nullptr: outs[i] begins at the block's first token.
-    void (*decode_bf16)(DecodeTile *tiles, int count, int tokens, const uint32_t *table, bool predict,
-                        const float *token_scale, Channels *channels, uint16_t *const *outs, int64_t stride);
+    // `decode` and `restore` or `join` of bfloat16 in one, or nullptr: outs[i] begins at the block's first token.
+    // rests[i]: the block's part of the remainder section (mode 3).
+    void (*decode_bf16)(DecodeTile *tiles, int count, int tokens, const uint32_t *table, int mode,
+                        const float *token_scale, Channels *channels, const uint8_t *const *rests, uint16_t *const *outs,
+                        int64_t stride);
 };
 void encode_plain(EncodeTile *tiles, int count, int tokens, const uint32_t *table, const uint32_t *reciprocal);
 extern const Kernels portable;

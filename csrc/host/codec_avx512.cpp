@@ -81,10 +81,10 @@ struct alignas(64) Half {
     int32_t round[16], halve[16], previous[16], anchor[16];
     float scale[16];
 };
-template <bool PREDICT>
+template <int MODE>
 inline __m512 value_of(__m512i entry, Half &half, __m512 token_scale) {
     __m512i r = _mm512_srai_epi32(entry, 24);
-    if (PREDICT) {
+    if (MODE == LMC_ROW_ANCHORED) {
         const __m512i before = load(half.previous);
         r = _mm512_add_epi32(r, _mm512_srav_epi32(_mm512_add_epi32(before, load(half.round)), load(half.halve)));
         _mm512_store_si512(half.previous, r);
@@ -113,9 +113,23 @@ inline __m512i pack<true>(__m512 even, __m512 odd) {
     return _mm512_permutexvar_epi16(load(ORDER), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even)));
 }
 
-template <int TILES, bool PREDICT, bool BF16>
+// Sign and mantissa of 16 pairs, even channels first in memory, joined with their exponent fields.
+inline __m512i join_pair(__m512i even, __m512i odd, const Half *halves, const uint8_t *rest) {
+    const __m512i field = _mm512_set1_epi32(255);
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(rest)));
+    const __m512i low = _mm512_and_si512(_mm512_sub_epi32(load(halves[0].anchor), _mm512_srli_epi32(even, 24)), field);
+    const __m512i high = _mm512_and_si512(_mm512_sub_epi32(load(halves[1].anchor), _mm512_srli_epi32(odd, 24)), field);
+    const __m512i fields = _mm512_or_si512(_mm512_slli_epi32(low, 7), _mm512_slli_epi32(high, 23));
+    // Spread the two bytes to the two halves of the lane; then mantissas stay and signs move to the top.
+    const __m512i wide = _mm512_or_si512(_mm512_and_si512(bits, field), _mm512_slli_epi32(_mm512_srli_epi32(bits, 8), 16));
+    const __m512i mantissas = _mm512_and_si512(wide, _mm512_set1_epi32(0x007f007f));
+    const __m512i signs = _mm512_slli_epi32(_mm512_and_si512(wide, _mm512_set1_epi32(0x00800080)), 8);
+    return _mm512_or_si512(fields, _mm512_or_si512(mantissas, signs));
+}
+
+template <int TILES, int MODE, bool BF16>
 inline void decode_values(DecodeTile *tiles, int tokens, const uint32_t *table, const float *token_scale,
-                          Channels *channels, uint16_t *const *outs, int64_t stride) {
+                          Channels *channels, const uint8_t *const *rests, uint16_t *const *outs, int64_t stride) {
     __m512i x[TILES][2];
     const uint16_t *words[TILES];
     Half halves[TILES][2][2];
@@ -134,13 +148,15 @@ inline void decode_values(DecodeTile *tiles, int tokens, const uint32_t *table, 
     }
     for (int token = 0; token < tokens; ++token) {
         const __m512 scale = _mm512_set1_ps(token_scale[token]);
-        __m512 even[TILES][2];
+        __m512i even[TILES][2];
 #pragma GCC unroll 2
         for (int k = 0; k < 2; ++k) {
 #pragma GCC unroll 3
             for (int i = 0; i < TILES; ++i) {
-                const __m512i entry = step(x[i][k], words[i], tiles[i].even + 16 * k, table);
-                even[i][k] = value_of<PREDICT>(entry, halves[i][k][0], scale);
+                even[i][k] = step(x[i][k], words[i], tiles[i].even + 16 * k, table);
+                if (MODE != LMC_ROW_LOSSLESS) {
+                    even[i][k] = _mm512_castps_si512(value_of<MODE>(even[i][k], halves[i][k][0], scale));
+                }
             }
         }
 #pragma GCC unroll 2
@@ -148,8 +164,11 @@ inline void decode_values(DecodeTile *tiles, int tokens, const uint32_t *table, 
 #pragma GCC unroll 3
             for (int i = 0; i < TILES; ++i) {
                 const __m512i entry = step(x[i][k], words[i], tiles[i].odd + 16 * k, table);
-                const __m512 odd = value_of<PREDICT>(entry, halves[i][k][1], scale);
-                _mm512_storeu_si512(outs[i] + token * stride + 32 * k, pack<BF16>(even[i][k], odd));
+                const __m512i pair =
+                    MODE == LMC_ROW_LOSSLESS
+                        ? join_pair(even[i][k], entry, halves[i][k], rests[i] + token * GROUP + 32 * k)
+                        : pack<BF16>(_mm512_castsi512_ps(even[i][k]), value_of<MODE>(entry, halves[i][k][1], scale));
+                _mm512_storeu_si512(outs[i] + token * stride + 32 * k, pair);
             }
         }
     }
@@ -160,26 +179,31 @@ inline void decode_values(DecodeTile *tiles, int tokens, const uint32_t *table, 
     }
 }
 
-template <bool PREDICT, bool BF16>
+template <int MODE, bool BF16>
 void decode_flight(DecodeTile *tiles, int count, int tokens, const uint32_t *table, const float *token_scale,
-                   Channels *channels, uint16_t *const *outs, int64_t stride) {
+                   Channels *channels, const uint8_t *const *rests, uint16_t *const *outs, int64_t stride) {
     if (count == 3) {
-        decode_values<3, PREDICT, BF16>(tiles, tokens, table, token_scale, channels, outs, stride);
+        decode_values<3, MODE, BF16>(tiles, tokens, table, token_scale, channels, rests, outs, stride);
     } else if (count == 2) {
-        decode_values<2, PREDICT, BF16>(tiles, tokens, table, token_scale, channels, outs, stride);
+        decode_values<2, MODE, BF16>(tiles, tokens, table, token_scale, channels, rests, outs, stride);
     } else {
-        decode_values<1, PREDICT, BF16>(tiles, tokens, table, token_scale, channels, outs, stride);
+        decode_values<1, MODE, BF16>(tiles, tokens, table, token_scale, channels, rests, outs, stride);
     }
 }
 #pragma GCC pop_options
 
 const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
 
-void decode_bf16(DecodeTile *tiles, int count, int tokens, const uint32_t *table, bool predict, const float *token_scale,
-                 Channels *channels, uint16_t *const *outs, int64_t stride) {
-    const auto decode_rows = predict ? (has_bf16 ? decode_flight<true, true> : decode_flight<true, false>)
-                                     : (has_bf16 ? decode_flight<false, true> : decode_flight<false, false>);
-    decode_rows(tiles, count, tokens, table, token_scale, channels, outs, stride);
+void decode_bf16(DecodeTile *tiles, int count, int tokens, const uint32_t *table, int mode, const float *token_scale,
+                 Channels *channels, const uint8_t *const *rests, uint16_t *const *outs, int64_t stride) {
+    const auto go = [&](auto flight) { flight(tiles, count, tokens, table, token_scale, channels, rests, outs, stride); };
+    if (mode == LMC_ROW_LOSSLESS) {
+        go(decode_flight<LMC_ROW_LOSSLESS, false>);
+    } else if (mode == LMC_ROW_ANCHORED) {
+        go(has_bf16 ? decode_flight<LMC_ROW_ANCHORED, true> : decode_flight<LMC_ROW_ANCHORED, false>);
+    } else {
+        go(has_bf16 ? decode_flight<LMC_ROW_PER_TOKEN, true> : decode_flight<LMC_ROW_PER_TOKEN, false>);
+    }
 }
 
 template <int TILES>

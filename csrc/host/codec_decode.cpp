@@ -103,7 +103,7 @@ int32_t decode_row(const Kernels &kernel, const Blob &blob, int number, const ui
     const int value_type = converted ? LMC_BF16 : codec.dtype, item = converted ? 2 : ITEM_BYTES[codec.dtype];
     const uint32_t *table = mode == LMC_ROW_LOSSLESS ? models.decode_lossless[0] : models.decode[0];
 
-    const bool fused = kernel.decode_bf16 && quantised && codec.dtype == LMC_BF16;
+    const bool fused = kernel.decode_bf16 && codec.dtype == LMC_BF16;
 
     int64_t begin = at.tiles;
     for (int tile = 0, flight; tile < tiles; tile += flight) {
@@ -147,12 +147,14 @@ int32_t decode_row(const Kernels &kernel, const Blob &blob, int number, const ui
             const int block = tokens - t < BLOCK ? tokens - t : BLOCK;
             if (fused && GROUP * (group + flight) <= codec.channels) {
                 uint16_t *outs[FLIGHT];
+                const uint8_t *rests[FLIGHT];
                 for (int i = 0; i < flight; ++i) {
                     outs[i] = reinterpret_cast<uint16_t *>(out) + static_cast<int64_t>(first + t) * codec.channels +
                               GROUP * (group + i);
+                    rests[i] = remainder[i] + GROUP * t;
                 }
-                kernel.decode_bf16(scratch.decode, flight, block, table, mode == LMC_ROW_ANCHORED,
-                                   scratch.token_scale + first + t, scratch.channels, outs, codec.channels);
+                kernel.decode_bf16(scratch.decode, flight, block, table, mode, scratch.token_scale + first + t, scratch.channels,
+                                   rests, outs, codec.channels);
                 continue;
             }
             kernel.decode(scratch.decode, flight, block, table);

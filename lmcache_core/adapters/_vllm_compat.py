@@ -38,7 +38,7 @@ from lmcache_core.layout import DTYPE_BYTES, KVLayout
 try:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
 except ModuleNotFoundError:  # before 0.32, which tells its metrics only how much came from a connector
-    CacheHitSource = None  # type: ignore[assignment,misc]
+    CacheHitSource = None
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -190,8 +190,9 @@ def refuse_chunk(kv_cache_config: Any, chunk_tokens: int) -> None:
     """Raise `Unsupported` where chunks are longer than what a layer with a window still has of them when they are
     complete."""
     for group in kv_cache_config.kv_cache_groups:
-        window = getattr(group.kv_cache_spec, "sliding_window", None)
-        if isinstance(group.kv_cache_spec, SlidingWindowSpec) and window < chunk_tokens:
+        spec = group.kv_cache_spec
+        window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else chunk_tokens
+        if window < chunk_tokens:
             raise Unsupported(
                 f"chunk_tokens is {chunk_tokens}, but layers with a sliding window keep only {window} tokens; set "
                 f"chunk_tokens to at most {window}, or start vLLM with --disable-hybrid-kv-cache-manager"

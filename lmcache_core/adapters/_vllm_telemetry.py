@@ -38,7 +38,7 @@ class Stats(KVConnectorStats):
 
     def reset(self) -> None:
         """Forget the increments."""
-        self.data = {}
+        self.data.clear()
 
     def aggregate(self, other: KVConnectorStats) -> Stats:
         """Add another's increments."""

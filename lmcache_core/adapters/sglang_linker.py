@@ -45,7 +45,7 @@ class LMCacheCoreLinker(UnifiedCacheLinker):
         config = engine.load_config(settings.config, engine.Ranks())
         kvcache = params.token_to_kv_pool_allocator.get_kvcache()
         self.pools = {PoolName.KV: kvcache}
-        self.layer_done_counter = LayerWiseLoadCounter(kvcache.layer_num)
+        self.layer_done_counter = LayerWiseLoadCounter(getattr(kvcache, "layer_num", 1))
         self._mark = engine.model_mark()
         self._queued: dict[str, tuple[Lease, Any]] = {}
         self._offloads: deque[Future[bool]] = deque()

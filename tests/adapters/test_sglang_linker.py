@@ -209,6 +209,8 @@ def test_kv_of_another_shape_runs_uncached(make: Make, caplog: pytest.LogCapture
     pool.v_buffer[1] = pool.v_buffer[1][:, :1].contiguous()
     make(pool)
     assert "is not [slot, head, dim]" in caplog.text
+    assert make(SimpleNamespace()).lookup("r", transfer([0])) == []
+    assert "KV of kind SimpleNamespace" in caplog.text
 
 
 def test_a_failing_copy_aborts_only_its_batch(make: Make, caplog: pytest.LogCaptureFixture) -> None:

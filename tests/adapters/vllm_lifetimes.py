@@ -530,7 +530,7 @@ def _fail_reads(tier: Any, random: Random) -> list[int]:
     def get_into(keys: Any, buffers: Any) -> Any:
         got = list(read(keys, buffers))
         for i, buffer in enumerate(buffers):
-            if isinstance(got[i], int) and random.random() < 0.1:
+            if isinstance(got[i], int) and random.random() < 0.3:
                 failures[0] += 1
                 if random.random() < 0.5:
                     got[i] = OSError("injected")

@@ -26,6 +26,6 @@ def test_mixed_workload(tmp_path: Path) -> None:
     assert found["requests"] == 500
     assert found["differing"] == []
     assert found["aborted"] > 20 and found["preemptions"] > 0
-    assert found["failed_reads"] > 10 and found["misses"].get("error", 0) + found["misses"].get("corrupt", 0) > 0
+    assert found["failed_reads"] > 5 and found["misses"].get("error", 0) + found["misses"].get("corrupt", 0) > 0
     assert found["loaded_tokens"] > 10_000
     assert found["free_blocks"] == found["free_blocks_before"]

@@ -1,0 +1,289 @@
+"""The `cachegen` codec: every implementation equals the reference, loss stays within its bound, damage is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from codec_cases import KINDS, any_case, chunk, coding, floats, tampered
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from lmcache_core import _native
+from lmcache_serde.cachegen import native, reference
+from lmcache_serde.cachegen.format import (
+    ANCHORED,
+    AUTO,
+    DTYPES,
+    LOSSLESS,
+    PER_TOKEN,
+    RAW,
+    ROW,
+    TABLES,
+    CodecError,
+    Coding,
+    Shape,
+    parse,
+)
+
+GOLDEN = Path(__file__).parent / "golden" / "codec"
+SETS = ("portable", "avx2", "avx512")
+
+
+@pytest.fixture(params=SETS)
+def simd(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _native.simd()
+    wanted = str(request.param)
+    if _native.limit_simd(wanted + "+sha").split("+")[0] != wanted:
+        pytest.skip(f"{wanted} is not there: {_native.why_not() or before}")
+    yield wanted
+    _native.limit_simd("avx512+sha")
+
+
+def encode(shape: Shape, how: Coding, data: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int]:
+    room = np.full(shape.bound, 0xAA, np.uint8)
+    (size,), (raw,) = native.encode(shape, how, [data], [room])
+    return room[:size], raw
+
+
+def decode(shape: Shape, blob: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    out = np.full(shape.nbytes, 0xAA, np.uint8)
+    native.decode(shape, [blob], [out])
+    return out
+
+
+def test_every_instruction_set_equals_the_reference(simd: str) -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(40):
+        shape, how, data = any_case(rng)
+        expected = reference.encode(shape, how, data)
+        blob, raw = encode(shape, how, data)
+        assert np.array_equal(blob, expected), (shape, how)
+        stored = expected[parse(expected, shape).starts[:-1] + 10] == RAW
+        assert raw == (stored & (how.modes != RAW)).sum()
+        values = reference.decode(shape, blob)
+        assert np.array_equal(decode(shape, blob), values), (shape, how)
+        layer = np.zeros(shape.nbytes // shape.layers, np.uint8)
+        native.decode(shape, [blob], [layer], shape.layers - 1, 1)
+        assert np.array_equal(layer, values[-layer.size :])
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("kind", KINDS)
+def test_lossless_is_exact_and_never_larger_than_its_bound(dtype: str, kind: str) -> None:
+    shape = Shape(dtype, 2, 2, 50, 72)
+    data = chunk(np.random.default_rng(5), shape, kind)
+    blob, _ = encode(shape, coding(shape, (LOSSLESS, LOSSLESS)), data)
+    assert blob.size <= shape.bound
+    assert np.array_equal(decode(shape, blob), data)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
+    mode=st.sampled_from([ANCHORED, PER_TOKEN]),
+    kind=st.sampled_from(["plain", "outliers", "sparse", "sink"]),
+    offset=st.integers(-100, 32),
+)
+def test_no_value_is_further_off_than_half_a_step(seed: int, dtype: str, mode: int, kind: str, offset: int) -> None:
+    shape = Shape(dtype, 1, 1, 70, 128)
+    data = chunk(np.random.default_rng(seed), shape, kind)
+    blob, _ = encode(shape, coding(shape, (mode,), offset), data)
+    start = int(parse(blob, shape).starts[0])
+    head = blob[start : start + 16].view(ROW)[0]
+    bits = np.uint32 if dtype == "float32" else np.uint16
+    x = reference.to_float(data.view(bits), dtype).reshape(70, 128).astype(np.float64)
+    y = reference.to_float(decode(shape, blob).view(bits), dtype).reshape(70, 128).astype(np.float64)
+    if head["mode"] == RAW:
+        assert np.array_equal(x, y)
+        return
+    side = start + 16
+    record = side + (256 if mode == ANCHORED else 80)
+    codes = np.array([head["code"]]) if mode == ANCHORED else blob[side : side + 70].astype(np.int64)
+    kinds = blob[record : record + 128] >> 5
+    step = 2.0 ** (codes / 8 + int(head["base"]))[:, None] * 2.0 ** np.where(kinds > 2, kinds - 2.0, 0)
+    digits = {"bfloat16": 8, "float16": 11, "float32": 24}[dtype]
+    last_place = 2.0 ** np.maximum(np.floor(np.log2(np.maximum(np.abs(y), 1e-30))) + 1 - digits, -24)
+    assert (np.abs(x - y) <= step / 2 * (1 + 2**-7) + last_place / 2).all()
+
+
+def test_noise_costs_no_more_than_the_bound_and_is_counted() -> None:
+    shape = Shape("bfloat16", 3, 2, 40, 64)
+    data = chunk(np.random.default_rng(6), shape, "noise")
+    blob, raw = encode(shape, coding(shape), data)
+    assert blob.size == shape.bound
+    assert raw == shape.rows
+    assert np.array_equal(decode(shape, blob), data)
+
+
+def test_zeros_cost_next_to_nothing() -> None:
+    shape = Shape("bfloat16", 2, 2, 256, 64)
+    data = np.zeros(shape.nbytes, np.uint8)
+    for modes in ((ANCHORED, PER_TOKEN), (LOSSLESS, LOSSLESS)):
+        blob, _ = encode(shape, coding(shape, modes), data)
+        assert np.array_equal(decode(shape, blob), data)
+    blob, _ = encode(shape, coding(shape), data)
+    assert shape.nbytes / blob.size > 40
+
+
+def test_neighbouring_tokens_that_resemble_each_other_cost_less() -> None:
+    rng = np.random.default_rng(7)
+    shape = Shape("float32", 1, 1, 256, 64)
+    steps = rng.standard_normal((256, 64)).astype(np.float32)
+    rough, smooth = steps, np.cumsum(steps, 0, dtype=np.float32)
+    sizes = [encode(shape, coding(shape, (ANCHORED,)), v.reshape(-1).view(np.uint8))[0].size for v in (rough, smooth)]
+    assert sizes[1] < 0.75 * sizes[0]
+
+
+@pytest.mark.parametrize("sinks", [0, 1, 3])
+def test_sinks_are_found_and_kept_exactly(sinks: int) -> None:
+    shape = Shape("bfloat16", 3, 2, 64, 64)
+    values = floats(np.random.default_rng(8), shape, "plain")
+    if sinks:
+        values[1::2, sinks - 1] *= 0.05
+    data = (values.view(np.uint32) >> 16).astype(np.uint16)
+    blob, _ = encode(shape, coding(shape, n_raw=AUTO), data.reshape(-1).view(np.uint8))
+    assert parse(blob, shape).n_raw == sinks
+    decoded = decode(shape, blob).view(np.uint16).reshape(data.shape)
+    assert np.array_equal(decoded[:, :sinks], data[:, :sinks])
+
+
+def test_without_the_library_the_reference_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(9)
+    shape, how, data = any_case(rng)
+    expected, raw = encode(shape, how, data)
+    values = decode(shape, expected)
+    monkeypatch.setattr(native, "_library", None)
+    blob, slow_raw = encode(shape, how, data)
+    assert np.array_equal(blob, expected)
+    assert slow_raw == raw
+    assert np.array_equal(decode(shape, blob), values)
+
+
+@pytest.mark.parametrize("modes", [(ANCHORED, PER_TOKEN), (LOSSLESS, LOSSLESS)])
+def test_every_flipped_bit_and_every_cut_is_an_error(modes: tuple[int, int]) -> None:
+    shape = Shape("bfloat16", 1, 2, 20, 64)
+    rng = np.random.default_rng(10)
+    blob, _ = encode(shape, coding(shape, modes, n_raw=2), chunk(rng, shape, "plain"))
+    out = np.empty(shape.nbytes, np.uint8)
+    for at in range(blob.size):
+        for bit in (range(8) if at < 96 else [int(rng.integers(8))]):
+            if at == 6:
+                continue  # the level's number means nothing to a decoder, but its check does: below
+            blob[at] ^= 1 << bit
+            with pytest.raises(CodecError):
+                native.decode(shape, [blob], [out])
+            blob[at] ^= 1 << bit
+    blob[6] ^= 1
+    with pytest.raises(CodecError, match="check"):
+        native.decode(shape, [blob], [out])
+    blob[6] ^= 1
+    for length in [*range(0, blob.size, 7), blob.size - 1]:
+        with pytest.raises(CodecError):
+            native.decode(shape, [blob[:length].copy()], [out])
+        if length % 64 == 0:
+            with pytest.raises(CodecError):
+                reference.decode(shape, blob[:length].copy())
+    with pytest.raises(CodecError):
+        native.decode(shape, [np.concatenate([blob, blob[:16]])], [out])
+
+
+def test_tampered_blobs_under_good_checks_meet_the_same_end_everywhere(simd: str) -> None:
+    rng = np.random.default_rng(11)
+    refused = 0
+    for case in range(6):
+        shape = Shape(str(rng.choice(list(DTYPES))), 1, 2, 24, 70)
+        modes = ((ANCHORED, PER_TOKEN), (LOSSLESS, ANCHORED))[case % 2]
+        blob, _ = encode(shape, coding(shape, modes, tile_tokens=16, n_raw=case % 3), chunk(rng, shape, "plain"))
+        for _ in range(25):
+            bad = tampered(rng, blob, shape)
+            try:
+                expected = reference.decode(shape, bad)
+            except CodecError:
+                refused += 1
+                with pytest.raises(CodecError):
+                    decode(shape, bad)
+            else:
+                assert np.array_equal(decode(shape, bad), expected)
+    assert refused > 60
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.binary(max_size=600), whole=st.booleans())
+def test_arbitrary_bytes_are_an_error(data: bytes, whole: bool) -> None:
+    shape = Shape("bfloat16", 1, 1, 4, 64)
+    blob = np.frombuffer(data, np.uint8)
+    if whole:
+        good, _ = encode(shape, coding(shape), np.zeros(shape.nbytes, np.uint8))
+        blob = np.concatenate([good[:48], blob])
+    with pytest.raises(CodecError):
+        native.decode(shape, [blob.copy()], [np.empty(shape.nbytes, np.uint8)])
+
+
+def test_calls_that_make_no_sense_are_refused() -> None:
+    shape = Shape("bfloat16", 2, 2, 8, 64)
+    good = coding(shape)
+    data, room = np.zeros(shape.nbytes, np.uint8), np.zeros(shape.bound, np.uint8)
+    with pytest.raises(ValueError, match="where"):
+        native.encode(shape, good, [data[:-1]], [room])
+    with pytest.raises(ValueError, match="where"):
+        native.encode(shape, good, [data], [room[:-1]])
+    with pytest.raises(ValueError, match="modes"):
+        native.encode(shape, Coding(3, good.modes[:-1], good.offsets), [data], [room])
+    with pytest.raises(ValueError, match="offsets"):
+        native.encode(shape, Coding(3, good.modes, good.offsets + 100), [data], [room])
+    with pytest.raises(ValueError, match="layers"):
+        native.decode(shape, [room], [data], 1, 2)
+    with pytest.raises(ValueError, match="dtype"):
+        Shape("int8", 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="tokens"):
+        Shape("bfloat16", 1, 1, 2000, 1)
+    with pytest.raises(CodecError, match="channels"):
+        blob, _ = encode(shape, good, data)
+        reference.decode(Shape("bfloat16", 2, 2, 8, 63), blob)
+
+
+def golden_input(shape: Shape) -> NDArray[np.uint8]:
+    """Sums of bytes of a counter's hash, near Gaussian, exact in every float: no library's random numbers."""
+    count = shape.nbytes // shape.item
+    mixed = (np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(8)
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    total = sum((mixed >> np.uint64(8 * k) & np.uint64(255)).astype(np.int64) for k in range(6)) - 765
+    channel = np.arange(count) % shape.channels
+    values = ((total * (1 + channel % 5) + 600 * (channel % 3)) / 256).astype(np.float32)
+    return np.ascontiguousarray(reference.from_float(values, shape.dtype)).view(np.uint8)
+
+
+GOLDEN_CASES = [
+    ("bfloat16-lossy", Shape("bfloat16", 1, 2, 40, 70)),
+    ("float16-lossy", Shape("float16", 1, 2, 40, 70)),
+    ("float8_e4m3fn-lossy", Shape("float8_e4m3fn", 1, 2, 40, 70)),
+    ("bfloat16-lossless", Shape("bfloat16", 1, 1, 150, 64)),
+    ("float16-lossless", Shape("float16", 1, 1, 150, 64)),
+]
+
+
+def golden_coding(name: str, shape: Shape) -> Coding:
+    lossless = name.endswith("lossless")
+    return coding(shape, (LOSSLESS,) if lossless else (ANCHORED, PER_TOKEN), n_raw=1, tile_tokens=256 if lossless else 32)
+
+
+@pytest.mark.parametrize("name, shape", GOLDEN_CASES)
+def test_blobs_of_version_1_are_read_and_written_for_ever(name: str, shape: Shape) -> None:
+    blob = np.fromfile(GOLDEN / f"{name}.blob", np.uint8)
+    data = golden_input(shape)
+    values = data if name.endswith("lossless") else np.fromfile(GOLDEN / f"{name}.values", np.uint8)
+    assert RAW not in blob[parse(blob, shape).starts[:-1] + 10]
+    assert np.array_equal(reference.decode(shape, blob), values)
+    assert np.array_equal(decode(shape, blob), values)
+    assert np.array_equal(encode(shape, golden_coding(name, shape), data)[0], blob)
+
+
+def test_the_tables_are_those_of_version_1() -> None:
+    assert TABLES.id == 0xDF4C4F122739F3F5
+    assert all(table.sum() == 2048 and table.min() > 0 for table in [*TABLES.lossy, *TABLES.lossless])
+    assert TABLES.support[-1] == 127 and TABLES.length[-1] == 256
