@@ -178,6 +178,10 @@ sglang: $(SGLANG)/.installed $(MODEL)/config.json
 test-sglang: sglang
 	$(BIN)/python tests/sglang_cpu/run.py --python $(SGLANG)/bin/python --model $(MODEL) $(ARGS)
 
+# Damaged blobs: every decoder ends as the reference does.
+soak-codec: install
+	cd tests && $(abspath $(BIN))/python -m faults.soak_codec $(ARGS)
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

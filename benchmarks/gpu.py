@@ -90,19 +90,11 @@ def require() -> None:
         raise NotPossible(f"PyTorch {torch.__version__} here has no CUDA: install its CUDA wheel")
 
 
-def run_tests(timeout_s: float) -> Result:
+def run_tests(timeout_s: float, sanitizer: str | None = None) -> Result:
     """tests/gpu, in a process of its own: a fault there leaves no broken device to the measurements."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/gpu",
-        "-q",
-        "--maxfail=30",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-    ]
+    watch = ["compute-sanitizer", "--tool", sanitizer, "--error-exitcode", "9"] if sanitizer else []
+    what = ["tests/gpu", "-q", "--maxfail=30", "--no-header", "-p", "no:cacheprovider"]
+    command = [*watch, sys.executable, "-m", "pytest", *what]
     try:
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -368,6 +360,9 @@ def measure(quick: bool, tests: Result) -> Result:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-build", action="store_true", help="use the libraries that are there")
+    parser.add_argument(
+        "--sanitize", metavar="TOOL", help="run the tests under compute-sanitizer (memcheck, racecheck)"
+    )
     parser.add_argument("--no-tests", action="store_true", help="measure only")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, no batch of 64 chunks")
     parser.add_argument("--wheels", type=Path, help="directory of wheels with the Python packages that are missing")
@@ -387,6 +382,10 @@ def main() -> int:
         print(f"nothing was measured: {problem}", file=sys.stderr)
         return 2
     tests: Result = {"passed": True, "summary": "not run"}
+    if given.sanitize:
+        tests = run_tests(540, given.sanitize)
+        print(f"tests/gpu under {given.sanitize}: {tests['summary']}")
+        return 0 if tests["passed"] else 1
     if not given.no_tests:
         tests = run_tests(240)
         print(f"tests/gpu: {tests['summary']}")

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lmcache_serde.cachegen import reference
-from lmcache_serde.cachegen.format import ANCHORED, AUTO, DTYPES, LOSSLESS, PER_TOKEN, RAW, Coding, Shape, check64, parse
+from lmcache_serde.cachegen.format import (
+    ANCHORED,
+    AUTO,
+    DTYPES,
+    LOSSLESS,
+    PER_TOKEN,
+    RAW,
+    Coding,
+    Shape,
+    check64,
+    parse,
+)
 
 KINDS = ("plain", "sink", "outliers", "extreme", "sparse", "not finite", "noise", "zero")
 
@@ -86,7 +98,7 @@ def any_case(rng: np.random.Generator) -> tuple[Shape, Coding, NDArray[np.uint8]
 
 def reseal(blob: NDArray[np.uint8], shape: Shape, starts: NDArray[np.int64]) -> None:
     """Put the right checks into a blob that was tampered with, so that its contents are what a decoder must survive."""
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         blob[start : start + 8].view("<u8")[0] = check64(blob[start + 8 : end])
     blob[56:64].view("<u8")[0] = check64(blob[:56], blob[64 : starts[0]])
 

@@ -60,11 +60,11 @@ extern "C" int64_t emulate_copy_pages(const lmc_part *parts, int64_t part_count,
 }
 
 extern "C" int64_t emulate_divide(uint32_t n, uint32_t d) { return divide(n, divisor(d)); }
-extern "C" float emulate_load(int32_t dtype, uint32_t bits) {
-    return dtype == LMC_BF16 ? Bf16::load(bits) : Fp16::load(bits);
+extern "C" void emulate_loads(int32_t dtype, const uint32_t *bits, int64_t count, float *out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = load_element(bits[i], dtype);
 }
-extern "C" uint32_t emulate_store(int32_t dtype, float value) {
-    return dtype == LMC_BF16 ? Bf16::store(value) : Fp16::store(value);
+extern "C" void emulate_stores(int32_t dtype, const float *values, int64_t count, uint32_t *out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = store_element(values[i], dtype);
 }
 
 static Shape shape_of(const int32_t *n) {

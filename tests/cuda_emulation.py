@@ -42,10 +42,8 @@ def build() -> ctypes.CDLL | None:
     ]
     library.emulate_divide.argtypes = [ctypes.c_uint32, ctypes.c_uint32]
     library.emulate_divide.restype = ctypes.c_int64
-    library.emulate_store.argtypes = [ctypes.c_int32, ctypes.c_float]
-    library.emulate_store.restype = ctypes.c_uint32
-    library.emulate_load.argtypes = [ctypes.c_int32, ctypes.c_uint32]
-    library.emulate_load.restype = ctypes.c_float
+    for name in ("emulate_loads", "emulate_stores"):
+        getattr(library, name).argtypes = [ctypes.c_int32, pointer, ctypes.c_int64, pointer]
     return library
 
 

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from lmcache_core.cli import bench_codec, codec_kv, codec_quality
+from lmcache_core.cli import bench_codec, codec_cmd, codec_kv, codec_quality
 from lmcache_core.copies import PagedKV, PageGeometry
 from lmcache_core.errors import CorruptChunk, Unsupported
 from lmcache_core.layout import KVLayout
 from lmcache_core.protocols import Ladder, SerdeContext
 from lmcache_core.testing.serde import OpenSerde, SerdeTests, kv_like, values
 from lmcache_serde.cachegen import LEVELS, CacheGen, CacheGenConfig, Level
+from lmcache_serde.cachegen.profile import Profile, calibrate
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -148,6 +150,82 @@ def test_pages_of_vllm_become_the_blobs_of_canonical_chunks(isa: str, dtype: str
     assert decode(serde(paged, "lossless"), blob) == pages.tobytes()
 
 
+# -- profiles --------------------------------------------------------------------------------------------------
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    """A profile of correlated values in the geometry of `LAYOUT`."""
+    path = tmp_path / "model.profile"
+    calibrate([correlated(seed, 260) for seed in range(2)], 2, 1 / 2.0 ** np.arange(3, 11)).save(path)
+    return path
+
+
+def correlated(seed: int, tokens: int) -> NDArray[np.float32]:
+    """`[2, 2, tokens, 32]`: eight directions hold nearly everything."""
+    mix = np.random.default_rng(99).standard_normal((2, 2, 8, 32), np.float32)
+    random = np.random.default_rng(seed)
+    return random.standard_normal((2, 2, tokens, 8), np.float32) @ mix + random.standard_normal(
+        (2, 2, tokens, 32), np.float32
+    ) / np.float32(8)
+
+
+class TestCalibrated(SerdeTests):
+    tolerance = 0.2
+    layouts = (LAYOUT, replace(LAYOUT, dtype="float16"), replace(LAYOUT, dtype="float32"))
+
+    @pytest.fixture
+    def open_serde(self, profile: Path) -> OpenSerde:
+        return CacheGenConfig(profile=profile).build
+
+
+def test_a_profile_saves_bytes_for_the_same_error(profile: Path) -> None:
+    chunk = codec_kv.bfloat16(correlated(7, 32))
+    found = []
+    for one in (serde(), CacheGenConfig(profile=profile).build(context(LAYOUT))):
+        assert isinstance(one, CacheGen)
+        blob = encode(one, chunk.tobytes(), 512)
+        back = np.frombuffer(decode(one, blob), "<u2").reshape(chunk.shape)
+        found.append((len(blob), float(np.square(codec_kv.float32(back) - codec_kv.float32(chunk)).mean())))
+    (plain, plain_error), (less, error) = found
+    assert less < 0.9 * plain and error < 1.1 * plain_error
+
+
+def test_a_profile_is_part_of_the_codec_and_of_no_other(profile: Path, tmp_path: Path) -> None:
+    """Another profile is another codec: its objects are a miss, and its blobs are refused."""
+    other = tmp_path / "other"
+    calibrate([correlated(5, 100)], 2, np.zeros(0)).save(other)
+    mine, theirs = (CacheGenConfig(profile=path).build(context(LAYOUT)) for path in (profile, other))
+    assert isinstance(mine, CacheGen) and isinstance(theirs, CacheGen)
+    assert len({mine.codec, theirs.codec, serde().codec}) == 3 and len(mine.codec) <= 32
+    blob = encode(mine, kv_like(context(LAYOUT)), 0)
+    for wrong in (theirs, serde()):
+        with pytest.raises(CorruptChunk):
+            decode(wrong, blob)
+
+
+def test_a_profile_of_another_model_is_refused(profile: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(profile.read_bytes()[:-300])
+    tries: list[tuple[CacheGenConfig, KVLayout, str]] = [
+        (CacheGenConfig(profile=profile), replace(LAYOUT, num_layers=3), "calibrate this model"),
+        (CacheGenConfig(profile=profile), replace(LAYOUT, kv_heads=1, head_dim=32), "calibrate this model"),
+        (CacheGenConfig(profile=profile, level="lossless"), LAYOUT, "lossy levels"),
+        (CacheGenConfig(profile=damaged), LAYOUT, "is not a profile"),
+        (CacheGenConfig(profile=tmp_path / "absent"), LAYOUT, "is not a profile"),
+    ]
+    for config, layout, reason in tries:
+        with pytest.raises(Unsupported, match=reason):
+            config.build(context(layout))
+
+
+def test_the_transform_undoes_itself_at_any_position(profile: Path) -> None:
+    values, found = correlated(3, 16), Profile.load(profile)
+    for start in (0, 100_000, 1 << 31):
+        back = found.values(found.components(values, start), start)
+        assert np.abs(back - values).max() < 1e-3
+    moved = found.components(values, 0) - found.components(values, 5)
+    assert np.abs(moved[:, 0]).max() > 0.1 and not moved[:, 1].any()
+
+
 def test_a_damaged_blob_is_corrupt() -> None:
     blob = bytearray(encode(serde(), kv_like(context(LAYOUT))))
     for at in range(0, len(blob), 61):
@@ -174,10 +252,13 @@ def test_quality_of_exact_kv_is_perfect_and_of_less_is_less(tmp_path: Path) -> N
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **heads)).eval()
     ids = np.random.default_rng(0).integers(0, 97, 96).tolist()
-    rows = codec_quality.measure(codec_kv.Reader(model), ids, 64, chunk_tokens=32)
+    reader, file = codec_kv.Reader(model), tmp_path / "tiny.profile"
+    codec_cmd.profile_of(reader, [codec_kv.float32(reader.read(ids))]).save(file)
+    rows = codec_quality.measure(reader, ids, 64, file, chunk_tokens=32)
+    assert Profile.load(file).turns.size == 16
     kl = {level: judgement.kl for level, (_, judgement) in rows.items()}
     assert abs(kl["lossless"]) < 1e-6 and rows["lossless"][1].top1 == 100
-    assert kl["near"] < kl["balanced"] < kl["tiny"]
+    assert kl["near"] < kl["balanced"] < kl["tiny"] and kl["near"] < kl["balanced+profile"] < kl["tiny+profile"]
     figures = {level: codec_quality.record(bits, [judgement]) for level, (bits, judgement) in rows.items()}
     assert "balanced" in codec_quality.render(figures)
     assert codec_quality.plot(figures).count("<circle") == sum(row["kl"] > 0 for row in figures.values())

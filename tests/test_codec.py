@@ -171,7 +171,7 @@ def test_every_flipped_bit_and_every_cut_is_an_error(modes: tuple[int, int]) -> 
     blob, _ = encode(shape, coding(shape, modes, n_raw=2), chunk(rng, shape, "plain"))
     out = np.empty(shape.nbytes, np.uint8)
     for at in range(blob.size):
-        for bit in (range(8) if at < 96 else [int(rng.integers(8))]):
+        for bit in range(8) if at < 96 else [int(rng.integers(8))]:
             if at == 6:
                 continue  # the level's number means nothing to a decoder, but its check does: below
             blob[at] ^= 1 << bit
@@ -242,8 +242,8 @@ def test_calls_that_make_no_sense_are_refused() -> None:
         Shape("int8", 1, 1, 1, 1)
     with pytest.raises(ValueError, match="tokens"):
         Shape("bfloat16", 1, 1, 2000, 1)
+    blob, _ = encode(shape, good, data)
     with pytest.raises(CodecError, match="channels"):
-        blob, _ = encode(shape, good, data)
         reference.decode(Shape("bfloat16", 2, 2, 8, 63), blob)
 
 
@@ -269,7 +269,9 @@ GOLDEN_CASES = [
 
 def golden_coding(name: str, shape: Shape) -> Coding:
     lossless = name.endswith("lossless")
-    return coding(shape, (LOSSLESS,) if lossless else (ANCHORED, PER_TOKEN), n_raw=1, tile_tokens=256 if lossless else 32)
+    return coding(
+        shape, (LOSSLESS,) if lossless else (ANCHORED, PER_TOKEN), n_raw=1, tile_tokens=256 if lossless else 32
+    )
 
 
 @pytest.mark.parametrize("name, shape", GOLDEN_CASES)

@@ -80,7 +80,7 @@ def test_damage_is_refused_where_the_reference_refuses_it(emulation: ctypes.CDLL
         *range(64 + 4 * case.shape.rows),
         *(int(s) + i for s in parse(blob, case.shape).starts[:-1] for i in range(48)),
     ]
-    places = [*rng.choice(heads, 60), *rng.integers(0, blob.size, 60)]
+    places = [*rng.choice(heads, 30), *rng.integers(0, blob.size, 30)]
     for i, place in enumerate(places):
         damaged = blob.copy()
         damaged[place] ^= 1 << rng.integers(8)

@@ -118,7 +118,7 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> Non
     # The names of the other project's commands are not ours to take.
     assert dict(entries["console_scripts"]) == {"lmcachectl": "lmcache_core.cli:main"}
     assert set(entries["lmcache.backends"]) == {"cpu", "fsspec", "gds", "redis"}
-    assert set(entries["lmcache.serdes"]) == {"raw", "zstd"}
+    assert set(entries["lmcache.serdes"]) == {"cachegen", "raw", "zstd"}
     assert set(entries["lmcache.evictions"]) == {"lru"}
 
 

@@ -26,7 +26,8 @@ class OnRedis(StorageBackendTests):
 
     @pytest.fixture
     def open_backend(self, config: RedisConfig, request: pytest.FixtureRequest) -> OpenBackend:
-        return open_with(config, prefix=f"{request.node.name}:", part_bytes=4096)
+        # As patient as the kit: a busy machine may stop a server for a second.
+        return open_with(config, prefix=f"{request.node.name}:", part_bytes=4096, timeout=self.deadline)
 
 
 class TestTcp(OnRedis, StorageStateMachineTests):

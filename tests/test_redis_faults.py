@@ -410,8 +410,25 @@ def test_slots_that_move_are_followed_within_the_call(tmp_path: Path) -> None:
             assert get(backend, *range(100, 120)) == [bytes(obj(n)) for n in range(100, 120)]
             tracked(backend)
             assert backend.contains([key_of(n) for n in range(100, 121)]) == [True] * 20 + [False]
+            leaving(nodes, key_of(500))
+            assert get(backend, 500, 0) == [None, bytes(obj(0))], "a key on its way to another node is absent"
         finally:
             backend.close()
+
+
+def leaving(nodes: list[Server], key: ChunkKey) -> None:
+    """Begin to move the key's slot to the next node, and do not end."""
+    clients = [client(node) for node in nodes]
+    ids = [ask.execute_command("CLUSTER MYID").decode() for ask in clients]
+    slot = clients[0].execute_command("CLUSTER KEYSLOT", key.hex())
+    ports = [node.port for node in nodes]
+    rows = raw(clients[0].execute_command("CLUSTER SLOTS"))
+    source = ports.index(next(row[2][1] for row in rows if row[0] <= slot <= row[1]))
+    target = (source + 1) % len(nodes)
+    clients[target].execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[source])
+    clients[source].execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[target])
+    for ask in clients:
+        ask.close()
 
 
 def move(nodes: list[Server], chosen: list[ChunkKey]) -> None:

@@ -134,6 +134,9 @@ LMC_HD bool row_span(const uint32_t *ends, const Shape &shape, uint32_t number, 
                      uint32_t &end) {
     start = number ? ends[number - 1] : shape.rows_at();
     end = ends[number];
+    for (uint32_t i = shape.rows(); 4 * i < shape.rows_at() - 64; ++i) {
+        if (ends[i]) return false;
+    }
     return start >= shape.rows_at() && start % 16 == 0 && end % 16 == 0 && start < end && end <= total &&
            ends[shape.rows() - 1] == total;
 }

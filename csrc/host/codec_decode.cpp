@@ -135,7 +135,8 @@ int32_t decode_row(const Kernels &kernel, const Blob &blob, int number, const ui
             Channels &channels = scratch.channels[i];
             if (!read_channels(row, at, mode, group + i, scale, &channels)) return LMC_CODEC_ROW;
             for (int c = 0; c < GROUP; ++c) {
-                (c & 1 ? into.odd : into.even)[c / 2] = static_cast<uint32_t>(channels.entry[c]) * SLOTS;
+                uint32_t *first_slot = c & 1 ? into.odd : into.even;
+                first_slot[c / 2] = static_cast<uint32_t>(channels.entry[c]) * SLOTS;
                 channels.scale[c] *= power_of_two(channels.shift[c]);
             }
             uint32_t outside = 0;

@@ -32,9 +32,9 @@ inline To to(From v) {
 }
 inline VU pick(VI mask, VU yes, VU no) { return (as<VU>(mask) & yes) | (~as<VU>(mask) & no); }
 
-// rint for |v| <= 2^22; beyond, a number that is out of every range asked for.
+// rint for |v| <= 2^22; beyond, up to 2^31, a number whose size is above 2^22 too: out of every range asked for.
 constexpr float MAGIC_FLOAT = 12582912.0f;  // 1.5 * 2^23
-inline VI round_int(VF v) { return as<VI>(v + MAGIC_FLOAT) - 0x4b400000; }
+inline VI round_int(VF v) { return as<VI>(as<VU>(v + MAGIC_FLOAT) - 0x4b400000u); }
 
 struct Bf16 {
     using Element = uint16_t;
@@ -143,7 +143,8 @@ template <class T, bool PREDICT>
 void measure(const void *in, int64_t stride, int tokens, const float *token_scale, Measure *out) {
     const auto *p = static_cast<const typename T::Element *>(in);
     for (int c = 0; c < GROUP; c += W) {
-        VI q1 = {}, low = VI{} + INT32_MAX, high = VI{} + INT32_MIN, step_low = {}, step_high = {};
+        VI low = VI{} + INT32_MAX, high = VI{} + INT32_MIN, step_low = {}, step_high = {};
+        VU q1 = {};
         VI before = round_int(T::load(p + c) * token_scale[0]);
         put(out->first + c, before);
         VU energy = {};
@@ -153,7 +154,7 @@ void measure(const void *in, int64_t stride, int tokens, const float *token_scal
             VU sum = {};
             for (int end = t + 4 < tokens ? t + 4 : tokens; t < end; ++t) {
                 const VI q = round_int(T::load(p + t * stride + c) * token_scale[t]);
-                q1 += q;
+                q1 += as<VU>(q);
                 sum += as<VU>(q) * as<VU>(q);
                 low = low < q ? low : q;
                 high = high > q ? high : q;
@@ -168,13 +169,14 @@ void measure(const void *in, int64_t stride, int tokens, const float *token_scal
             q2 += to<VL>(sum);
         }
         for (int k = 0; k < W; ++k) {
-            out->q1[c + k] = q1[k];
+            out->q1[c + k] = static_cast<int32_t>(q1[k]);
             out->q2[c + k] = static_cast<int64_t>(q2[k]);
             out->low[c + k] = low[k];
             out->high[c + k] = high[k];
             if (PREDICT) {
                 out->energy[c + k] = energy[k];
-                out->widest[c + k] = step_high[k] > -step_low[k] ? step_high[k] : -step_low[k];
+                const int64_t down = -static_cast<int64_t>(step_low[k]);
+                out->widest[c + k] = static_cast<int32_t>(step_high[k] > down ? step_high[k] : down);
             }
         }
     }

@@ -13,7 +13,7 @@ from lmcache_backends.redis_store.format import Head, Names
 from lmcache_backends.redis_store.presence import Presence
 from lmcache_backends.redis_store.servers import Servers, Target
 from lmcache_backends.redis_store.transfer import OPEN, Reader, Refused, Writer, head_in, read_head, transaction
-from lmcache_backends.redis_store.wire import Address, Link, Moved, Turns, command
+from lmcache_backends.redis_store.wire import Address, Link, Moved, ServerError, Turns, command
 from lmcache_core.errors import BackendError, Closed
 from lmcache_core.protocols import StorageBackend
 from lmcache_core.types import ChunkKey, Got, Put
@@ -121,7 +121,8 @@ class RedisBackend(StorageBackend):
         self._everywhere(keys, results, until, self._linked(read, until))
         if self.presence is not None:
             self.presence.gone([key for key, got in zip(keys, results, strict=True) if got is None])
-        return results
+        # On its way to another node: not here, and no fault of the server's.
+        return [None if isinstance(got, ServerError) and got.code == "ASK" else got for got in results]
 
     def _sweep(self, link: Link, keys: Sequence[ChunkKey], some: list[int], broken: dict[int, Head]) -> None:
         """Delete what is left of objects that lost a piece, unless they were written anew meanwhile."""

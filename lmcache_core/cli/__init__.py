@@ -11,11 +11,23 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from lmcache_core.cli import bench, check, config_cmd, demo, engine_args, explain, model, plugin, plugins, schema
+from lmcache_core.cli import (
+    bench,
+    check,
+    codec_cmd,
+    config_cmd,
+    demo,
+    engine_args,
+    explain,
+    model,
+    plugin,
+    plugins,
+    schema,
+)
 from lmcache_core.cli.console import OK, PROBLEM, USAGE, emit
 from lmcache_core.errors import ConfigError, LMCacheError, PluginError
 
-COMMANDS = (demo, check, explain, config_cmd, plugins, plugin, schema, engine_args, bench, model)
+COMMANDS = (demo, check, explain, config_cmd, plugins, plugin, schema, engine_args, bench, codec_cmd, model)
 
 EPILOG = """\
 exit codes:

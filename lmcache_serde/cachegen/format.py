@@ -233,7 +233,12 @@ def parse(blob: NDArray[np.uint8], shape: Shape) -> Parsed:
         raise CodecError(f"tile_tokens {tile_tokens}, n_raw {n_raw} or a reserved field is out of range")
     ends = blob[64 : 64 + 4 * shape.rows].view("<u4").astype(np.int64)
     starts = np.concatenate([[rows_at], ends])
-    if (np.diff(starts) < 16).any() or (starts % 16).any() or starts[-1] != blob.size or blob[64 + 4 * shape.rows : rows_at].any():
+    if (
+        (np.diff(starts) < 16).any()
+        or (starts % 16).any()
+        or starts[-1] != blob.size
+        or blob[64 + 4 * shape.rows : rows_at].any()
+    ):
         raise CodecError("the row table is out of order")
     return Parsed(int(head["level"]), n_raw, tile_tokens, starts)
 

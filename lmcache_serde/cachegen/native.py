@@ -51,7 +51,7 @@ def _load() -> ctypes.CDLL | None:
     library.lmc_codec_encode.argtypes = [pointer, pointer, pointer, int64, pointer, pointer, pointer]
     library.lmc_codec_decode.argtypes = [pointer, pointer, pointer, pointer, int64, int32, int32, pointer, pointer]
     if library.lmc_codec_table_set() != TABLES.id:
-        raise ImportError("liblmcache_host.so was built with other codec tables than these sources: reinstall lmcache-core")
+        raise ImportError("liblmcache_host.so has other codec tables than these sources: reinstall lmcache-core")
     return library
 
 
@@ -78,7 +78,7 @@ def _described(shape: Shape, coding: Coding | None = None) -> _Codec:
 
 def _addresses(buffers: Sequence[Buffer], nbytes: int, *, writable: bool = False) -> NDArray[np.int64]:
     for buffer in buffers:
-        if (size := memoryview(buffer).nbytes) < nbytes:
+        if (size := _nbytes(buffer)) < nbytes:
             raise ValueError(f"a buffer of {size} bytes where {nbytes} are needed")
     return np.array([_native.address_of(buffer, writable=writable) for buffer in buffers], np.int64)
 
@@ -121,12 +121,16 @@ def decode(
             np.frombuffer(room, np.uint8)[:nbytes] = decoded
         return
     sources = _addresses(blobs, 0)
-    lengths = np.array([memoryview(blob).nbytes for blob in blobs], np.int64)
+    lengths = np.array([_nbytes(blob) for blob in blobs], np.int64)
     status = np.zeros(len(blobs), np.int32)
     arguments = (sources, lengths, targets, sources.size, first_layer, count, _scratch.room, status)
     if _library.lmc_codec_decode(ctypes.byref(_described(shape)), *_passed(arguments)):
         bad = int(np.flatnonzero(status)[0])
         raise CodecError(f"blob {bad} of {lengths[bad]} bytes: {_REASONS[int(status[bad])]}")
+
+
+def _nbytes(buffer: Any) -> int:
+    return memoryview(buffer).nbytes
 
 
 def _passed(arguments: tuple[Any, ...]) -> list[int]:

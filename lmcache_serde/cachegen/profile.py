@@ -52,8 +52,8 @@ class Profile:
         layers, planes, blocks, rows, columns = self.basis.shape if self.basis.ndim == 5 else (0,) * 5
         channels = blocks * rows
         shapes = (self.mean.shape, self.scale.shape) == ((layers, channels), (layers, 2, blocks))
-        kinds = [(self.turns, "u8"), (self.mean, "f4"), (self.basis, "i1"), (self.scale, "f4")]
-        types = all(array.dtype == np.dtype(kind) for array, kind in kinds)
+        found = [array.dtype.str for array in (self.turns, self.mean, self.basis, self.scale)]
+        types = found == ["<u8", "<f4", "|i1", "<f4"]
         if not (shapes and types and layers and planes == 2 and rows == columns and self.turns.ndim == 1):
             raise ValueError("its arrays do not fit each other")
         if self.heads < 1 or channels % self.heads or 2 * self.turns.size > channels // self.heads:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -16,7 +17,6 @@ from lmcache_serde.cachegen.format import (
     ANCHORED,
     AUTO,
     BASE_RANGE,
-    DTYPES,
     GROUP,
     LANES,
     LOSSLESS,
@@ -49,8 +49,14 @@ _STEP: Final = np.array(
 _INVERSE: Final = np.array(
     [0x3F800000, 0x3F6AC0C7, 0x3F5744FD, 0x3F45672A, 0x3F3504F3, 0x3F25FED7, 0x3F1837F0, 0x3F0B95C2], np.uint32
 ).view(np.float32)
-_UNSIGNED: Final = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}
-_BITS: Final = {"bfloat16": (8, 7), "float16": (5, 10), "float32": (8, 23), "float8_e4m3fn": (4, 3), "float8_e5m2": (5, 2)}
+_UNSIGNED: Final[dict[int, np.dtype[Any]]] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}
+_BITS: Final = {
+    "bfloat16": (8, 7),
+    "float16": (5, 10),
+    "float32": (8, 23),
+    "float8_e4m3fn": (4, 3),
+    "float8_e5m2": (5, 2),
+}
 """Exponent and mantissa bits."""
 _HIGHEST: Final = {"bfloat16": 60, "float16": 13, "float32": 60, "float8_e4m3fn": 7, "float8_e5m2": 13}
 """Largest exponent of a row that is quantised."""
@@ -94,13 +100,13 @@ def _eight_bits(dtype: str) -> Floats:
 def to_float(bits: NDArray[Any], dtype: str) -> Floats:
     """fp32 values of elements given as unsigned integers."""
     if dtype == "float32":
-        return bits.view(np.float32)
+        return np.asarray(bits.view(np.float32))
     if dtype == "bfloat16":
         return (bits.astype(np.uint32) << 16).view(np.float32)
     if dtype == "float16":
         return bits.view(np.float16).astype(np.float32)
     values = _eight_bits(dtype)
-    return np.concatenate([values, -values])[bits]
+    return np.asarray(np.concatenate([values, -values])[bits], np.float32)
 
 
 def from_float(values: Floats, dtype: str) -> NDArray[Any]:
@@ -120,11 +126,11 @@ def from_float(values: Floats, dtype: str) -> NDArray[Any]:
     above = np.searchsorted(grid, size).clip(1)
     low, high = grid[above - 1], grid[above]
     up = (high - size < size - low) | ((high - size == size - low) & (above % 2 == 0))
-    return (above - 1 + up + (word >> 31 << 7)).astype(np.uint8)
+    return np.asarray(above - 1 + up + (word >> 31 << 7), np.uint8)
 
 
 def _scale(table: Floats, code: Any, power: Any) -> Floats:
-    return np.ldexp(table[np.asarray(code) & 7], power).astype(np.float32)
+    return np.asarray(np.ldexp(table[np.asarray(code) & 7], power), np.float32)
 
 
 def _exponents(x: Floats) -> Ints:
@@ -254,7 +260,9 @@ def _pack_remainder(remainder: NDArray[np.uint32], dtype: str) -> Bytes:
     """Byte planes, then bit planes, of one tile `[tokens][64]`."""
     width = _BITS[dtype][1] + 1
     planes = [(remainder >> 8 * k & 255).astype(np.uint8) for k in range(width >> 3)]
-    bits = [np.packbits((remainder >> k & 1).astype(np.uint8), axis=1, bitorder="little") for k in range(width & ~7, width)]
+    bits = [
+        np.packbits((remainder >> k & 1).astype(np.uint8), axis=1, bitorder="little") for k in range(width & ~7, width)
+    ]
     packed = np.concatenate([plane.ravel() for plane in planes + bits])
     return np.pad(packed, (0, -packed.size % 16))
 
@@ -357,7 +365,7 @@ def _residual(row: _Row, first: int, last: int, part: slice) -> Ints:
     if row.gain is None:
         return symbols
     before = np.concatenate([np.zeros((1, GROUP), np.int64), symbols[:-1]])
-    return symbols - ((row.gain[part] * before + 1) >> 1)
+    return np.asarray(symbols - ((row.gain[part] * before + 1) >> 1))
 
 
 def _sink_tokens(bits: NDArray[Any], shape: Shape, coding: Coding) -> int:
@@ -413,19 +421,21 @@ def encode(shape: Shape, coding: Coding, chunk: Bytes) -> Bytes:
         body, mode, code, base = plain, RAW, 0, 0
         if row is not None:
             sections = [bits[number, :n_raw].reshape(-1).view(np.uint8), *row.side]
-            coded = []
+            packed: list[Bytes] = []
             for first, last in spans:
                 for group in range(shape.groups):
                     tile = tiles[number, first, group]
                     if row.remainder is not None:
-                        rest = _pack_remainder(row.remainder[first:last, group * GROUP : (group + 1) * GROUP], shape.dtype)
+                        rest = _pack_remainder(
+                            row.remainder[first:last, group * GROUP : (group + 1) * GROUP], shape.dtype
+                        )
                         tile = np.concatenate([tile[:128], rest, tile[128:]])
-                    coded.append(tile)
-            table = align16(4 * len(coded))
+                    packed.append(tile)
+            table = align16(4 * len(packed))
             before = 16 + sum(align16(section.size) for section in sections) + table
-            tile_ends = before + np.cumsum([align16(tile.size) for tile in coded])
+            tile_ends = before + np.cumsum([align16(tile.size) for tile in packed])
             if tile_ends[-1] <= 16 + align16(plain.size):
-                body = _padded([*sections, tile_ends.astype("<u4").view(np.uint8), *coded])
+                body = _padded([*sections, tile_ends.astype("<u4").view(np.uint8), *packed])
                 mode, code, base = row.mode, row.code, row.base
         body = np.pad(body, (0, -body.size % 16))
         out = np.concatenate([np.zeros(16, np.uint8), body])
@@ -466,7 +476,7 @@ class _Opened:
 
 
 def decode(shape: Shape, blob: Bytes, first_layer: int = 0, layers: int | None = None) -> Bytes:
-    """Bytes of `layers` layers (all from `first_layer` on by default). Raise `CodecError` for a blob that is not whole."""
+    """Bytes of `layers` layers (by default all from `first_layer` on). Raise `CodecError` for a damaged blob."""
     info = parse(blob, shape)
     count = shape.layers - first_layer if layers is None else layers
     begin, end = first_layer * shape.planes, (first_layer + count) * shape.planes
@@ -532,14 +542,15 @@ def _open_row(shape: Shape, info: Parsed, number: int, row: Bytes, out: NDArray[
     raw[:] = reader.take(raw.nbytes).view(kind).reshape(raw.shape)
     side = reader.take({ANCHORED: 2 * width, PER_TOKEN: coded, LOSSLESS: width}[mode])
     record = reader.take(width).astype(np.int64)
-    kinds = {ANCHORED: range(6), PER_TOKEN: (0, 3, 4, 5), LOSSLESS: (0,)}[mode]
-    if (record & 31).max() >= len(TABLES.lossy if quantised else TABLES.lossless) or set((record >> 5).tolist()) - {*kinds}:
+    kinds = {ANCHORED: {*range(6)}, PER_TOKEN: {0, 3, 4, 5}, LOSSLESS: {0}}[mode]
+    known = len(TABLES.lossy if quantised else TABLES.lossless)
+    if (record & 31).max() >= known or not kinds.issuperset((record >> 5).tolist()):
         raise CodecError(f"row {number} has a channel of a table or kind that does not exist")
     ends = reader.take(4 * len(_spans(coded, info.tile_tokens)) * shape.groups).view("<u4").astype(np.int64)
     starts = np.concatenate([[reader.at], ends])
     if (np.diff(starts) < 128).any() or (starts % 16).any() or starts[-1] != row.size:
         raise CodecError(f"the tiles of row {number} are out of order")
-    return _Opened(number, mode, code, base, side, record, [row[a:b] for a, b in zip(starts, starts[1:], strict=False)])
+    return _Opened(number, mode, code, base, side, record, [row[a:b] for a, b in pairwise(starts)])
 
 
 def _restore(

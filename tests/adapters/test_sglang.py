@@ -352,23 +352,25 @@ def test_another_engine_does_not(make: Make, settings: dict[str, Any], change: d
 
 
 @pytest.mark.parametrize(
-    "given",
+    "one, other",
     [
-        {"salt": "a"},
-        {"weights": "b"},
-        {"ranks": {"tp_rank": 1, "tp_size": 2}},
-        {"ranks": {"tp_size": 2}},
-        {"ranks": {"pp_rank": 1, "pp_size": 2}},
-        {"ranks": {"attn_cp_rank": 1, "attn_cp_size": 2}},
+        ({}, {"salt": "a"}),
+        ({"salt": "a"}, {"salt": "b"}),
+        ({}, {"weights": "b"}),
+        ({}, {"ranks": {"tp_size": 2}}),
+        ({"ranks": {"tp_rank": 0, "tp_size": 2}}, {"ranks": {"tp_rank": 1, "tp_size": 2}}),
+        ({"ranks": {"pp_rank": 0, "pp_size": 2}}, {"ranks": {"pp_rank": 1, "pp_size": 2}}),
+        ({"ranks": {"attn_cp_rank": 0, "attn_cp_size": 2}}, {"ranks": {"attn_cp_rank": 1, "attn_cp_size": 2}}),
     ],
     ids=str,
 )
-def test_another_rank_or_salt_does_not(make: Make, given: dict[str, Any]) -> None:
+def test_another_rank_or_salt_does_not(make: Make, one: dict[str, Any], other: dict[str, Any]) -> None:
     pool = sgl.MHATokenToKVPoolHost("page_first")
-    one = make(pool)
-    one.batch_set_v1(hashes(2), indices_of([0, 1]))
-    one.close()
-    assert make(pool, **given).batch_exists(hashes(2)) == 0
+    writer = make(pool, **one)
+    writer.batch_set_v1(hashes(2), indices_of([0, 1]))
+    assert writer.batch_exists(hashes(2)) == 2
+    writer.close()
+    assert make(pool, **other).batch_exists(hashes(2)) == 0
 
 
 def test_other_weights_or_shapes_do_not(make: Make, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ def options(kind: str, store: str, layout: str, v1: bool) -> dict[str, Any]:
     disk = {"type": "gds", "path": store, "mode": "files", "free_floor": 0}
     tiers = [
         {"name": "dram", "capacity": "256MiB", "backend": {"type": "cpu"}},
-        {"name": "disk", "capacity": "1GiB", "backend": disk},
+        {"name": "disk", "capacity": "1GiB", "lane": {"deadline": "60s"}, "backend": disk},
     ]
     if kind == "linker":
         linker = {
