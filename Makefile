@@ -20,13 +20,13 @@ SGLANG := $(CURDIR)/.venv-sglang
 export OMP_WAIT_POLICY ?= passive
 MODELS := .models
 MODEL  := $(MODELS)/smollm2-135m-instruct
-CSRC   := $(shell find csrc -type f 2>/dev/null)
+CSRC   := $(shell find csrc -type f 2>/dev/null) lmcache_serde/cachegen/tables.inc
 
 # Spinning OpenMP threads starve every other thread on a machine with few cores.
 export OMP_WAIT_POLICY ?= passive
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-vllm test lint format bench bench-peer bench-docs gpu soak sglang test-sglang clean distclean model system vllm-long vllm-versions
+.PHONY: help install demo demo-vllm test lint format bench bench-peer bench-docs gpu soak soak-codec sglang test-sglang clean distclean model system vllm-long vllm-versions
 
 help:
 	@echo "make demo        cold, from DRAM, after a restart from disk: on a real model, in minutes"

@@ -128,7 +128,7 @@ def test_the_library_exports_its_own_functions_and_needs_only_libc(wheel: Path, 
     library = zipfile.ZipFile(wheel).extract(LIBRARY, tmp_path)
     symbols = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
     exported = {line.split()[-1] for line in symbols.stdout.splitlines()}
-    header = (ROOT / "csrc/include/lmcache_host.h").read_text()
+    header = "".join((ROOT / f"csrc/include/lmcache_{name}.h").read_text() for name in ("host", "codec"))
     assert exported
     assert all(name.startswith("lmc_") and f" {name}(" in header for name in exported)
     dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
@@ -161,6 +161,7 @@ PUBLIC = {
     "errors",
     "units",
     "layout",
+    "copies",
     "protocols",
     "hookspecs",
     "isolation",

@@ -290,17 +290,18 @@ struct Fields {
 };
 
 void check_sums(const uint8_t *data, int64_t words, uint64_t first, uint64_t *plain, uint64_t *weighted) {
-    VL sum = {}, weights = {}, at;
-    for (int k = 0; k < W; ++k) at[k] = first + 1 + static_cast<uint64_t>(k);
+    // Adding the running sum up gives the first of n words the weight n, the last 1: the weights wanted, mirrored.
+    VL sum = {}, running = {};
     int64_t i = 0;
     for (; i + W <= words; i += W) {
-        const VL word = to<VL>(get<VU>(data + 4 * i));
-        sum += word;
-        weights += (word & 0xffffffff) * (at & 0xffffffff);
-        at += W;
+        sum += to<VL>(get<VU>(data + 4 * i));
+        running += sum;
     }
     uint64_t a = 0, b = 0;
-    for (int k = 0; k < W; ++k) a += sum[k], b += weights[k];
+    for (int k = 0; k < W; ++k) {
+        a += sum[k];
+        b += sum[k] * (first + 1 + static_cast<uint64_t>(i + k)) - W * running[k];
+    }
     for (; i < words; ++i) {
         uint32_t word;
         memcpy(&word, data + 4 * i, sizeof word);

@@ -134,10 +134,15 @@ def _real(model: str, report: Report) -> tuple[KVLayout, list[Chunk]]:
 
 
 def made_up(layout: KVLayout, seed: int) -> Chunk:
-    """Values with what matters of a KV cache: channels of K with offset and spread, tokens of V with a size."""
+    """Values with what matters of a KV cache: channels of K with offset, spread and memory, tokens of V with a size.
+
+    Of SmolLM2's own K, the prediction from the token before saves about as many bits as it does here.
+    """
     random = np.random.default_rng(seed)
     channels = layout.kv_heads * layout.head_dim
     values = random.standard_normal((layout.num_layers, 2, layout.chunk_tokens, channels), np.float32)
+    for token in range(1, layout.chunk_tokens):
+        values[:, 0, token] = 0.55 * values[:, 0, token - 1] + np.float32(0.835) * values[:, 0, token]
     values[:, 0] *= np.exp(0.5 * random.standard_normal((layout.num_layers, 1, channels), np.float32))
     values[:, 0] += 2 * random.standard_normal((layout.num_layers, 1, channels), np.float32)
     values[:, 1] *= np.exp(0.3 * random.standard_normal((layout.num_layers, layout.chunk_tokens, 1), np.float32)) / 4

@@ -13,13 +13,12 @@ model's it merely saves nothing.
 from __future__ import annotations
 
 import hashlib
-import io
-import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +30,10 @@ BLOCK: Final = 256
 """Most channels that are transformed together, unless one head is larger."""
 _FIXED: Final = 20
 """Bits to which components are rounded, below the largest of their row."""
-_NAMES: Final = ("heads", "turns", "mean", "basis", "scale")
+_KINDS: Final = ("<u8", "<f4", "|i1", "<f4")
+_MAGIC: Final = b"cachegen profile 1"
+_MOST: Final = 1 << 30
+"""Most numbers of a basis that a file may speak of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +54,7 @@ class Profile:
         layers, planes, blocks, rows, columns = self.basis.shape if self.basis.ndim == 5 else (0,) * 5
         channels = blocks * rows
         shapes = (self.mean.shape, self.scale.shape) == ((layers, channels), (layers, 2, blocks))
-        found = [array.dtype.str for array in (self.turns, self.mean, self.basis, self.scale)]
-        types = found == ["<u8", "<f4", "|i1", "<f4"]
+        types = tuple(array.dtype.str for array in self._arrays) == _KINDS
         if not (shapes and types and layers and planes == 2 and rows == columns and self.turns.ndim == 1):
             raise ValueError("its arrays do not fit each other")
         if self.heads < 1 or channels % self.heads or 2 * self.turns.size > channels // self.heads:
@@ -73,27 +74,46 @@ class Profile:
     @cached_property
     def id(self) -> str:
         """Fingerprint of everything in it, 8 hexadecimal digits."""
-        digest = hashlib.sha256()
-        for name in _NAMES:
-            array = np.ascontiguousarray(getattr(self, name))
-            digest.update(f"{name} {array.shape} {array.dtype.str};".encode() + array.tobytes())
+        digest = hashlib.sha256(f"{self.heads}".encode())
+        for array in self._arrays:
+            digest.update(f"{array.shape};".encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:8]
 
     @classmethod
     def load(cls, path: Path) -> Profile:
         """Read a profile. Raise `ValueError`, with the path, when the file is none."""
         try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as found:
-                parts = {name: found[name] for name in _NAMES}
-            return cls(int(parts.pop("heads")), **parts)
-        except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            first, head, body = path.read_bytes().split(b"\n", 2)
+            if first != _MAGIC:
+                raise ValueError(f"it begins with {first[:20]!r}")
+            heads, pairs, layers, blocks, block = (int(number) for number in head.split())
+            if min(heads, layers, blocks, block) < 1 or pairs < 0 or layers * blocks * block**2 > _MOST:
+                raise ValueError("its sizes make no sense")
+            shapes = ((pairs,), (layers, blocks * block), (layers, 2, blocks, block, block), (layers, 2, blocks))
+            kinds = [np.dtype((kind, shape)) for kind, shape in zip(_KINDS, shapes, strict=True)]
+            unpack = zlib.decompressobj()
+            raw = unpack.decompress(body, sum(kind.itemsize for kind in kinds) + 1)
+            if not unpack.eof or unpack.unused_data or len(raw) != sum(kind.itemsize for kind in kinds):
+                raise ValueError("it is cut off or too long")
+            ends = np.cumsum([kind.itemsize for kind in kinds])
+            parts = [
+                np.frombuffer(raw[end - kind.itemsize : end], kind.base).reshape(kind.shape)
+                for kind, end in zip(kinds, ends, strict=True)
+            ]
+            return cls(heads, *parts)
+        except (OSError, ValueError, zlib.error) as error:
             raise ValueError(f"{path} is not a profile of the codec: {error}") from error
 
     def save(self, path: Path) -> None:
         """Write it to a file."""
-        with path.open("wb") as stream:
-            arrays = {name: np.asarray(getattr(self, name)) for name in _NAMES}
-            np.savez_compressed(stream, allow_pickle=False, **arrays)
+        layers, _, blocks, block, _ = self.basis.shape
+        head = f"{self.heads} {self.turns.size} {layers} {blocks} {block}".encode()
+        body = b"".join(np.ascontiguousarray(array).tobytes() for array in self._arrays)
+        path.write_bytes(b"\n".join((_MAGIC, head, zlib.compress(body))))
+
+    @property
+    def _arrays(self) -> tuple[NDArray[Any], ...]:
+        return self.turns, self.mean, self.basis, self.scale
 
     def components(self, values: Floats, start: int) -> Floats:
         """Components of values `[layers, 2, tokens, channels]`, whose first token is at position `start`."""
