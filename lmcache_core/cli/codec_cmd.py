@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _pydecimal
 import argparse
-import pydoc_data.topics
 import statistics
 from pathlib import Path
 from typing import Any
@@ -81,9 +80,8 @@ def profile_of(reader: Reader, samples: list[codec_kv.Values]) -> Profile:
 
 def _texts() -> dict[str, str]:
     """Texts that are on every machine and that `bench codec-quality` does not judge by."""
-    names = ("compound", "classes", "specialnames", "assignment", "exceptions")
     return {
-        "reference": "\n\n".join(pydoc_data.topics.topics[name] for name in names),
+        "manual": codec_kv.manual(1),
         "statistics": Path(statistics.__file__).read_text(encoding="utf-8"),
         "decimal": Path(_pydecimal.__file__).read_text(encoding="utf-8"),
     }

@@ -32,12 +32,17 @@ def texts(file: Path | None) -> dict[str, str]:
             return {file.name: file.read_text(encoding="utf-8")}
         except (OSError, UnicodeDecodeError) as error:
             raise LMCacheError(f"--text {file} cannot be read as UTF-8 text: {error}") from error
-    manual = "\n\n".join(pydoc_data.topics.topics[name] for name in ("formatstrings", "debugger", "typesseq", "import"))
     return {
         "constitution": document_text(None),
-        "manual": manual,
+        "manual": manual(0),
         "source": Path(argparse.__file__).read_text(encoding="utf-8"),
     }
+
+
+def manual(half: int) -> str:
+    """One half of the long topics of Python's manual, by the alphabet: 0 or 1."""
+    topics = pydoc_data.topics.topics
+    return "\n\n".join([topics[name] for name in sorted(topics) if len(topics[name]) > 4000][half::2])
 
 
 @dataclass(frozen=True, slots=True)
