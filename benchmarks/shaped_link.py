@@ -253,11 +253,9 @@ def summary(rows: list[Row], shape: Shape) -> dict[str, Any]:
 def show(rows: list[Row], shape: Shape) -> None:
     print(f"{'setting':10} {'stored MB':>10} {shape.mbit:>6} Mbit/s   falls to {shape.slow_mbit}   MB read then")
     for row in rows:
-        middle = statistics.median
-        print(
-            f"{row.setting:10} {row.stored_bytes / 1e6:10.1f} {middle(row.ttft_s):10.3f} s {middle(row.changing_ttft_s):12.3f} s"
-            f" {middle(row.read_bytes) / 1e6:14.1f}"
-        )
+        ttft, changing = statistics.median(row.ttft_s), statistics.median(row.changing_ttft_s)
+        read = statistics.median(row.read_bytes) / 1e6
+        print(f"{row.setting:10} {row.stored_bytes / 1e6:10.1f} {ttft:10.3f} s {changing:12.3f} s {read:14.1f}")
 
 
 if __name__ == "__main__":
