@@ -444,7 +444,11 @@ def test_every_command_module_is_registered_and_can_speak_json(capsys: Capture) 
     modules = {name: importlib.import_module(f"lmcache_core.cli.{name}") for name in names}
     commands = {name for name, module in modules.items() if hasattr(module, "add")}
     assert commands == {command.__name__.rpartition(".")[2] for command in cli.COMMANDS}
-    groups = {"config_cmd": ["config", "from-lmcache"], "plugin": ["plugin", "test"]}
+    groups = {
+        "config_cmd": ["config", "from-lmcache"],
+        "plugin": ["plugin", "test"],
+        "codec_cmd": ["codec", "calibrate"],
+    }
     for name in sorted(commands - {"bench"}):
         with pytest.raises(SystemExit):
             main([*groups.get(name, [name.replace("_", "-")]), "--help"])

@@ -17,11 +17,11 @@ constexpr int BLOCK = 64;
 inline int64_t align16(int64_t v) { return (v + 15) & ~int64_t{15}; }
 
 // Decoding: [table][slot] = freq | (slot - cum) << 12 | symbol << 24.
-// Encoding: [table][symbol & 255] = bias | (shift - 1) << 12 | freq << 20, and the reciprocal that replaces a division.
+// Encoding: [table][symbol & 255] = the reciprocal that replaces a division, and from bit 32 on
+// bias | (shift - 1) << 12 | freq << 20.
 struct Models {
     uint32_t decode[LOSSY_TABLES][SLOTS], decode_lossless[LOSSLESS_TABLES][SLOTS];
-    uint32_t encode[LOSSY_TABLES][256], encode_lossless[LOSSLESS_TABLES][256];
-    uint32_t reciprocal[LOSSY_TABLES][256], reciprocal_lossless[LOSSLESS_TABLES][256];
+    uint64_t encode[LOSSY_TABLES][256], encode_lossless[LOSSLESS_TABLES][256];
     int32_t support[LOSSY_TABLES], length[LOSSLESS_TABLES];
     int64_t variance[LOSSY_TABLES - 1], mean[LOSSLESS_TABLES - 2];
     uint64_t id;
@@ -37,7 +37,7 @@ struct DecodeTile {
 };
 struct EncodeTile {
     uint32_t x[LANES];
-    uint16_t *words;                 // written downwards
+    uint16_t *words;                  // written downwards, and up to 8 more below are overwritten
     uint16_t entries[BLOCK * GROUP];  // table * 256 + (symbol & 255)
 };
 
@@ -87,14 +87,12 @@ struct Kernels {
     // Adds to plain and weighted the sums over `words` words that docs/codec.md calls A and B; the first is number `first`.
     void (*check)(const uint8_t *data, int64_t words, uint64_t first, uint64_t *plain, uint64_t *weighted);
     void (*decode)(DecodeTile *tiles, int count, int tokens, const uint32_t *table);
-    void (*encode)(EncodeTile *tiles, int count, int tokens, const uint32_t *table, const uint32_t *reciprocal);
-    // `decode` and `restore` or `join` of bfloat16 in one, or nullptr: outs[i] begins at the block's first token.
-    // rests[i]: the block's part of the remainder section (mode 3).
+    void (*encode)(EncodeTile *tiles, int count, int tokens, const uint64_t *table);
+    // `decode` and `restore` or `join` of whole tiles of bfloat16 in one, or nullptr. rests[i]: the remainder section (mode 3).
     void (*decode_bf16)(DecodeTile *tiles, int count, int tokens, const uint32_t *table, int mode,
-                        const float *token_scale, Channels *channels, const uint8_t *const *rests, uint16_t *const *outs,
+                        const float *token_scale, const Channels *channels, const uint8_t *const *rests, uint16_t *const *outs,
                         int64_t stride);
 };
-void encode_plain(EncodeTile *tiles, int count, int tokens, const uint32_t *table, const uint32_t *reciprocal);
 extern const Kernels portable;
 #if LMC_X86
 extern const Kernels avx2, avx512;

@@ -18,51 +18,92 @@ namespace {
 inline __m512i load(const void *p) { return _mm512_loadu_si512(p); }
 inline unsigned count_of(__mmask16 mask) { return static_cast<unsigned>(__builtin_popcount(mask)); }
 
-// One step of 16 lanes: the entries decoded, and the states and the words moved on.
-inline __m512i step(__m512i &x, const uint16_t *&words, const uint32_t *first, const uint32_t *table) {
-    const __m512i slots = _mm512_set1_epi32(SLOTS - 1), freqs = _mm512_set1_epi32(0xfff), low = _mm512_set1_epi32(LOW);
-    const __m512i at = _mm512_add_epi32(_mm512_and_si512(x, slots), load(first));
-    const __m512i entry = _mm512_i32gather_epi32(at, table, 4);
-    const __m512i next =
-        _mm512_add_epi32(_mm512_mullo_epi32(_mm512_and_si512(entry, freqs), _mm512_srli_epi32(x, 11)),
-                         _mm512_and_si512(_mm512_srli_epi32(entry, 12), slots));
-    const __mmask16 mask = _mm512_cmplt_epu32_mask(next, low);
-    const __m512i fresh = _mm512_maskz_expand_epi32(
-        mask, _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(words))));
-    x = _mm512_or_si512(_mm512_mask_slli_epi32(next, mask, next, 16), fresh);
-    words += count_of(mask);
-    return entry;
+// RECENT: with VBMI2 and BF16, as Sapphire Rapids and Zen 4 have them. Only what is instantiated so may use them.
+#pragma GCC push_options
+#pragma GCC target("avx512vbmi2,avx512bf16")
+// States x, those of `mask` with the next words below.
+template <bool RECENT>
+inline __m512i refill(__m512i x, __mmask16 mask, const uint16_t *words) {
+    const __m256i next = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(words));
+    if (RECENT) {
+        alignas(64) static constexpr uint16_t HIGH[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                                          0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+        const __m512i high = _mm512_permutexvar_epi16(load(HIGH), _mm512_castsi256_si512(next));
+        return _mm512_mask_shldi_epi32(x, mask, x, _mm512_maskz_expand_epi32(mask, high), 16);
+    }
+    return _mm512_or_si512(_mm512_mask_slli_epi32(x, mask, x, 16),
+                           _mm512_maskz_expand_epi32(mask, _mm512_cvtepu16_epi32(next)));
 }
 
-template <int TILES>
-inline void decode_tiles(DecodeTile *tiles, int tokens, const uint32_t *table) {
+// Tiles decoded side by side. What depends on a gather stands far behind it, so that those of all tiles are under way
+// together: a step is `fetch`, other work, `advance`.
+template <int TILES, bool RECENT>
+struct Flight {
+    DecodeTile *const tiles;
+    const uint32_t *const table;
     __m512i x[TILES][2];
     const uint16_t *words[TILES];
-    for (int i = 0; i < TILES; ++i) {
-        words[i] = tiles[i].words;
-        for (int k = 0; k < 2; ++k) x[i][k] = load(tiles[i].x + 16 * k);
-    }
-    for (int token = 0; token < tokens; ++token) {
-        __m512i even[TILES][2];
-#pragma GCC unroll 2
-        for (int k = 0; k < 2; ++k) {
-#pragma GCC unroll 3
-            for (int i = 0; i < TILES; ++i) even[i][k] = step(x[i][k], words[i], tiles[i].even + 16 * k, table);
+
+    Flight(DecodeTile *tiles_, const uint32_t *table_) : tiles(tiles_), table(table_) {
+        for (int i = 0; i < TILES; ++i) {
+            words[i] = tiles[i].words;
+            for (int k = 0; k < 2; ++k) x[i][k] = load(tiles[i].x + 16 * k);
         }
+    }
+    ~Flight() {
+        for (int i = 0; i < TILES; ++i) {
+            tiles[i].words = words[i];
+            for (int k = 0; k < 2; ++k) _mm512_storeu_si512(tiles[i].x + 16 * k, x[i][k]);
+        }
+    }
+    void fetch(bool odd, __m512i (&entries)[TILES][2]) const {
+        const __m512i slots = _mm512_set1_epi32(SLOTS - 1);
+#pragma GCC unroll 8
+        for (int i = 0; i < TILES; ++i) {
 #pragma GCC unroll 2
-        for (int k = 0; k < 2; ++k) {
-#pragma GCC unroll 3
-            for (int i = 0; i < TILES; ++i) {
-                const __m512i odd = step(x[i][k], words[i], tiles[i].odd + 16 * k, table);
-                const __m512i pair =
-                    _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srai_epi32(even[i][k], 24), _mm512_srai_epi32(odd, 8));
-                _mm512_storeu_si512(tiles[i].symbols + token * GROUP + 32 * k, pair);
+            for (int k = 0; k < 2; ++k) {
+                // (x & slots) | first
+                const __m512i first = load((odd ? tiles[i].odd : tiles[i].even) + 16 * k);
+                const __m512i at = _mm512_ternarylogic_epi32(x[i][k], slots, first, 0xea);
+                entries[i][k] = _mm512_i32gather_epi32(at, table, 4);
             }
         }
     }
-    for (int i = 0; i < TILES; ++i) {
-        tiles[i].words = words[i];
-        for (int k = 0; k < 2; ++k) _mm512_storeu_si512(tiles[i].x + 16 * k, x[i][k]);
+    void advance(const __m512i (&entries)[TILES][2]) {
+        const __m512i slots = _mm512_set1_epi32(SLOTS - 1), freqs = _mm512_set1_epi32(0xfff), low = _mm512_set1_epi32(LOW);
+#pragma GCC unroll 8
+        for (int i = 0; i < TILES; ++i) {
+#pragma GCC unroll 2
+            for (int k = 0; k < 2; ++k) {
+                const __m512i next = _mm512_add_epi32(
+                    _mm512_mullo_epi32(_mm512_and_si512(entries[i][k], freqs), _mm512_srli_epi32(x[i][k], 11)),
+                    _mm512_and_si512(_mm512_srli_epi32(entries[i][k], 12), slots));
+                const __mmask16 mask = _mm512_cmplt_epu32_mask(next, low);
+                x[i][k] = refill<RECENT>(next, mask, words[i]);
+                words[i] += count_of(mask);
+            }
+        }
+    }
+};
+
+template <int TILES>
+void decode_tiles(DecodeTile *tiles, int tokens, const uint32_t *table) {
+    Flight<TILES, false> flight(tiles, table);
+    __m512i even[TILES][2], odd[TILES][2];
+    for (int token = 0; token < tokens; ++token) {
+        flight.fetch(false, even);
+        flight.advance(even);
+        flight.fetch(true, odd);
+        flight.advance(odd);
+#pragma GCC unroll 8
+        for (int i = 0; i < TILES; ++i) {
+#pragma GCC unroll 2
+            for (int k = 0; k < 2; ++k) {
+                const __m512i pair =
+                    _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srai_epi32(even[i][k], 24), _mm512_srai_epi32(odd[i][k], 8));
+                _mm512_storeu_si512(tiles[i].symbols + token * GROUP + 32 * k, pair);
+            }
+        }
     }
 }
 
@@ -94,7 +135,7 @@ inline __m512 value_of(__m512i entry, Half &half, __m512 token_scale) {
 }
 
 // Rounded to nearest even; no value here is denormal. Even channels below odd ones.
-template <bool BF16>
+template <bool RECENT>
 inline __m512i pack(__m512 even, __m512 odd);
 template <>
 inline __m512i pack<false>(__m512 even, __m512 odd) {
@@ -104,8 +145,6 @@ inline __m512i pack<false>(__m512 even, __m512 odd) {
     const __m512i high = _mm512_add_epi32(_mm512_add_epi32(b, bias), _mm512_and_si512(_mm512_srli_epi32(b, 16), one));
     return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high);
 }
-#pragma GCC push_options
-#pragma GCC target("avx512bf16")
 template <>
 inline __m512i pack<true>(__m512 even, __m512 odd) {
     alignas(64) static constexpr uint16_t ORDER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -127,87 +166,84 @@ inline __m512i join_pair(__m512i even, __m512i odd, const Half *halves, const ui
     return _mm512_or_si512(fields, _mm512_or_si512(mantissas, signs));
 }
 
-template <int TILES, int MODE, bool BF16>
-inline void decode_values(DecodeTile *tiles, int tokens, const uint32_t *table, const float *token_scale,
-                          Channels *channels, const uint8_t *const *rests, uint16_t *const *outs, int64_t stride) {
-    __m512i x[TILES][2];
-    const uint16_t *words[TILES];
+template <int TILES, int MODE, bool RECENT>
+void decode_values(DecodeTile *tiles, int tokens, const uint32_t *table, const float *token_scale, const Channels *channels,
+                   const uint8_t *const *rests, uint16_t *const *outs, int64_t stride) {
+    Flight<TILES, RECENT> flight(tiles, table);
     Half halves[TILES][2][2];
     for (int i = 0; i < TILES; ++i) {
-        words[i] = tiles[i].words;
-        for (int k = 0; k < 2; ++k) x[i][k] = load(tiles[i].x + 16 * k);
         for (int c = 0; c < GROUP; ++c) {
             Half &half = halves[i][c / 32][c % 2];
             const int lane = c % 32 / 2;
             half.round[lane] = channels[i].round[c];
             half.halve[lane] = channels[i].halve[c];
-            half.previous[lane] = channels[i].previous[c];
+            half.previous[lane] = 0;
             half.anchor[lane] = channels[i].anchor[c];
             half.scale[lane] = channels[i].scale[c];
         }
     }
+    __m512i even[TILES][2], odd[TILES][2], first[TILES][2];
+    flight.fetch(false, even);
     for (int token = 0; token < tokens; ++token) {
         const __m512 scale = _mm512_set1_ps(token_scale[token]);
-        __m512i even[TILES][2];
+        flight.advance(even);
+        flight.fetch(true, odd);
+#pragma GCC unroll 8
+        for (int i = 0; i < TILES; ++i) {
 #pragma GCC unroll 2
-        for (int k = 0; k < 2; ++k) {
-#pragma GCC unroll 3
-            for (int i = 0; i < TILES; ++i) {
-                even[i][k] = step(x[i][k], words[i], tiles[i].even + 16 * k, table);
-                if (MODE != LMC_ROW_LOSSLESS) {
-                    even[i][k] = _mm512_castps_si512(value_of<MODE>(even[i][k], halves[i][k][0], scale));
-                }
+            for (int k = 0; k < 2; ++k) {
+                first[i][k] = MODE == LMC_ROW_LOSSLESS
+                                  ? even[i][k]
+                                  : _mm512_castps_si512(value_of<MODE>(even[i][k], halves[i][k][0], scale));
             }
         }
+        flight.advance(odd);
+        flight.fetch(false, even);  // of the next token; after the last one it is not used
+#pragma GCC unroll 8
+        for (int i = 0; i < TILES; ++i) {
 #pragma GCC unroll 2
-        for (int k = 0; k < 2; ++k) {
-#pragma GCC unroll 3
-            for (int i = 0; i < TILES; ++i) {
-                const __m512i entry = step(x[i][k], words[i], tiles[i].odd + 16 * k, table);
+            for (int k = 0; k < 2; ++k) {
                 const __m512i pair =
                     MODE == LMC_ROW_LOSSLESS
-                        ? join_pair(even[i][k], entry, halves[i][k], rests[i] + token * GROUP + 32 * k)
-                        : pack<BF16>(_mm512_castsi512_ps(even[i][k]), value_of<MODE>(entry, halves[i][k][1], scale));
-                _mm512_storeu_si512(outs[i] + token * stride + 32 * k, pair);
+                        ? join_pair(first[i][k], odd[i][k], halves[i][k], rests[i] + token * GROUP + 32 * k)
+                        : pack<RECENT>(_mm512_castsi512_ps(first[i][k]), value_of<MODE>(odd[i][k], halves[i][k][1], scale));
+                uint16_t *to = outs[i] + token * stride + 32 * k;
+                _mm512_storeu_si512(to, pair);
+                __builtin_prefetch(to + 8 * stride, 1);  // a row apart, where no hardware looks ahead
             }
         }
-    }
-    for (int i = 0; i < TILES; ++i) {
-        tiles[i].words = words[i];
-        for (int k = 0; k < 2; ++k) _mm512_storeu_si512(tiles[i].x + 16 * k, x[i][k]);
-        for (int c = 0; c < GROUP; ++c) channels[i].previous[c] = halves[i][c / 32][c % 2].previous[c % 32 / 2];
     }
 }
 
-template <int MODE, bool BF16>
+template <int MODE, bool RECENT>
 void decode_flight(DecodeTile *tiles, int count, int tokens, const uint32_t *table, const float *token_scale,
-                   Channels *channels, const uint8_t *const *rests, uint16_t *const *outs, int64_t stride) {
+                   const Channels *channels, const uint8_t *const *rests, uint16_t *const *outs, int64_t stride) {
     if (count == 3) {
-        decode_values<3, MODE, BF16>(tiles, tokens, table, token_scale, channels, rests, outs, stride);
+        decode_values<3, MODE, RECENT>(tiles, tokens, table, token_scale, channels, rests, outs, stride);
     } else if (count == 2) {
-        decode_values<2, MODE, BF16>(tiles, tokens, table, token_scale, channels, rests, outs, stride);
+        decode_values<2, MODE, RECENT>(tiles, tokens, table, token_scale, channels, rests, outs, stride);
     } else {
-        decode_values<1, MODE, BF16>(tiles, tokens, table, token_scale, channels, rests, outs, stride);
+        decode_values<1, MODE, RECENT>(tiles, tokens, table, token_scale, channels, rests, outs, stride);
     }
 }
 #pragma GCC pop_options
 
-const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
+const bool recent = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
 
 void decode_bf16(DecodeTile *tiles, int count, int tokens, const uint32_t *table, int mode, const float *token_scale,
-                 Channels *channels, const uint8_t *const *rests, uint16_t *const *outs, int64_t stride) {
+                 const Channels *channels, const uint8_t *const *rests, uint16_t *const *outs, int64_t stride) {
     const auto go = [&](auto flight) { flight(tiles, count, tokens, table, token_scale, channels, rests, outs, stride); };
     if (mode == LMC_ROW_LOSSLESS) {
-        go(decode_flight<LMC_ROW_LOSSLESS, false>);
+        go(recent ? decode_flight<LMC_ROW_LOSSLESS, true> : decode_flight<LMC_ROW_LOSSLESS, false>);
     } else if (mode == LMC_ROW_ANCHORED) {
-        go(has_bf16 ? decode_flight<LMC_ROW_ANCHORED, true> : decode_flight<LMC_ROW_ANCHORED, false>);
+        go(recent ? decode_flight<LMC_ROW_ANCHORED, true> : decode_flight<LMC_ROW_ANCHORED, false>);
     } else {
-        go(has_bf16 ? decode_flight<LMC_ROW_PER_TOKEN, true> : decode_flight<LMC_ROW_PER_TOKEN, false>);
+        go(recent ? decode_flight<LMC_ROW_PER_TOKEN, true> : decode_flight<LMC_ROW_PER_TOKEN, false>);
     }
 }
 
 template <int TILES>
-inline void encode_tiles(EncodeTile *tiles, int tokens, const uint32_t *table, const uint32_t *reciprocal) {
+inline void encode_tiles(EncodeTile *tiles, int tokens, const uint64_t *table) {
     const __m512i low16 = _mm512_set1_epi32(0xffff), twelve = _mm512_set1_epi32(0xfff), fifteen = _mm512_set1_epi32(15);
     const __m512i slots = _mm512_set1_epi32(SLOTS), tops = _mm512_set1_epi32(static_cast<int>(0xfff00000));
     __m512i x[TILES][2];
@@ -225,8 +261,8 @@ inline void encode_tiles(EncodeTile *tiles, int tokens, const uint32_t *table, c
                 for (int i = 0; i < TILES; ++i) {
                     const __m512i pair = load(tiles[i].entries + token * GROUP + 32 * k);
                     const __m512i at = odd ? _mm512_srli_epi32(pair, 16) : _mm512_and_si512(pair, low16);
-                    const __m512i entry = _mm512_i32gather_epi32(at, table, 4);
-                    const __m512i inverse = _mm512_i32gather_epi32(at, reciprocal, 4);
+                    const __m512i entry = _mm512_i32gather_epi32(at, reinterpret_cast<const uint32_t *>(table) + 1, 8);
+                    const __m512i inverse = _mm512_i32gather_epi32(at, table, 8);
                     const __mmask16 mask = _mm512_cmpge_epu32_mask(x[i][k], _mm512_and_si512(entry, tops));
                     const unsigned emitted = count_of(mask);
                     words[i] -= emitted;
@@ -251,13 +287,13 @@ inline void encode_tiles(EncodeTile *tiles, int tokens, const uint32_t *table, c
     }
 }
 
-void encode(EncodeTile *tiles, int count, int tokens, const uint32_t *table, const uint32_t *reciprocal) {
+void encode(EncodeTile *tiles, int count, int tokens, const uint64_t *table) {
     if (count == 3) {
-        encode_tiles<3>(tiles, tokens, table, reciprocal);
+        encode_tiles<3>(tiles, tokens, table);
     } else if (count == 2) {
-        encode_tiles<2>(tiles, tokens, table, reciprocal);
+        encode_tiles<2>(tiles, tokens, table);
     } else {
-        encode_tiles<1>(tiles, tokens, table, reciprocal);
+        encode_tiles<1>(tiles, tokens, table);
     }
 }
 

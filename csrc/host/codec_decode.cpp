@@ -103,8 +103,6 @@ int32_t decode_row(const Kernels &kernel, const Blob &blob, int number, const ui
     const int value_type = converted ? LMC_BF16 : codec.dtype, item = converted ? 2 : ITEM_BYTES[codec.dtype];
     const uint32_t *table = mode == LMC_ROW_LOSSLESS ? models.decode_lossless[0] : models.decode[0];
 
-    const bool fused = kernel.decode_bf16 && codec.dtype == LMC_BF16;
-
     int64_t begin = at.tiles;
     for (int tile = 0, flight; tile < tiles; tile += flight) {
         // Tiles side by side must be of one length, so they are taken from one span.
@@ -144,20 +142,17 @@ int32_t decode_row(const Kernels &kernel, const Blob &blob, int number, const ui
             if (outside) return LMC_CODEC_TILE;
             begin = end;
         }
-        for (int t = 0; t < tokens; t += BLOCK) {
-            const int block = tokens - t < BLOCK ? tokens - t : BLOCK;
-            if (fused && GROUP * (group + flight) <= codec.channels) {
-                uint16_t *outs[FLIGHT];
-                const uint8_t *rests[FLIGHT];
-                for (int i = 0; i < flight; ++i) {
-                    outs[i] = reinterpret_cast<uint16_t *>(out) + static_cast<int64_t>(first + t) * codec.channels +
-                              GROUP * (group + i);
-                    rests[i] = remainder[i] + GROUP * t;
-                }
-                kernel.decode_bf16(scratch.decode, flight, block, table, mode, scratch.token_scale + first + t, scratch.channels,
-                                   rests, outs, codec.channels);
-                continue;
+        const bool fused = kernel.decode_bf16 && codec.dtype == LMC_BF16 && GROUP * (group + flight) <= codec.channels;
+        if (fused) {
+            uint16_t *outs[FLIGHT];
+            for (int i = 0; i < flight; ++i) {
+                outs[i] = reinterpret_cast<uint16_t *>(out) + int64_t{first} * codec.channels + GROUP * (group + i);
             }
+            kernel.decode_bf16(scratch.decode, flight, tokens, table, mode, scratch.token_scale + first, scratch.channels,
+                               remainder, outs, codec.channels);
+        }
+        for (int t = 0; t < tokens && !fused; t += BLOCK) {
+            const int block = tokens - t < BLOCK ? tokens - t : BLOCK;
             kernel.decode(scratch.decode, flight, block, table);
             for (int i = 0; i < flight; ++i) {
                 const bool staged = converted || GROUP * (group + i + 1) > codec.channels;

@@ -226,8 +226,7 @@ int64_t encode_row(const Row &row, int n_raw, int mode, int offset, uint8_t *out
     memset(out + 16 + raw, 0, static_cast<size_t>(at.side - 16 - raw));
     const float scale = mode == LMC_ROW_ANCHORED ? inverse_of(head->code, head->base) : 1.0f;
     const float *token_scale = mode == LMC_ROW_ANCHORED ? scratch.ones : scratch.token_scale;
-    const uint32_t *table = lossless ? models.encode_lossless[0] : models.encode[0];
-    const uint32_t *reciprocal = lossless ? models.reciprocal_lossless[0] : models.reciprocal[0];
+    const uint64_t *table = lossless ? models.encode_lossless[0] : models.encode[0];
     const bool converted = row.converted && !lossless;
 
     const int tiles = at.spans * at.groups;
@@ -249,7 +248,7 @@ int64_t encode_row(const Row &row, int n_raw, int mode, int offset, uint8_t *out
                 channels.scale[c] *= power_of_two(-channels.shift[c]);
             }
             for (uint32_t &x : scratch.encode[i].x) x = LOW;
-            words_end[i] = scratch.encode[i].words = scratch.words[i] + GROUP * tokens;
+            words_end[i] = scratch.encode[i].words = scratch.words[i] + GROUP * (tokens + 1);  // kernels write some below
             if (lossless) memset(scratch.rest[i] + rest - 16, 0, 16);
         }
         const int item = converted ? 2 : ITEM_BYTES[codec.dtype];
@@ -266,7 +265,7 @@ int64_t encode_row(const Row &row, int n_raw, int mode, int offset, uint8_t *out
                         from, stride[i], block, t == 0, token_scale + first + t, &scratch.channels[i], into.entries);
                 }
             }
-            row.kernel.encode(scratch.encode, flight, block, table, reciprocal);
+            row.kernel.encode(scratch.encode, flight, block, table);
         }
         for (int i = 0; i < flight; ++i) {
             const EncodeTile &done = scratch.encode[i];

@@ -12,7 +12,7 @@ static_assert(WIDE[0] == LOSSY_TABLES && WIDE[1] == LOSSLESS_TABLES, "tables.inc
 
 // One table, symbols first, first + 1, ...
 template <class Frequency>
-void fill(int first, int count, const Frequency &frequency, uint32_t *decode, uint32_t *encode, uint32_t *reciprocal) {
+void fill(int first, int count, const Frequency &frequency, uint32_t *decode, uint64_t *encode) {
     uint32_t cum = 0;
     for (int i = 0; i < count; ++i) {
         const uint32_t freq = frequency(i), symbol = static_cast<uint32_t>(first + i) & 255;
@@ -21,8 +21,8 @@ void fill(int first, int count, const Frequency &frequency, uint32_t *decode, ui
         uint32_t shift = 1;
         while (freq > 1u << shift) ++shift;
         const bool one = freq == 1;
-        reciprocal[symbol] = one ? 0xffffffff : static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + freq - 1) / freq);
-        encode[symbol] = (one ? cum + SLOTS - 1 : cum) | (shift - 1) << 12 | freq << 20;
+        const uint64_t reciprocal = one ? 0xffffffff : ((uint64_t{1} << (31 + shift)) + freq - 1) / freq;
+        encode[symbol] = reciprocal | uint64_t{(one ? cum + SLOTS - 1 : cum) | (shift - 1) << 12 | freq << 20} << 32;
         cum += freq;
     }
 }
@@ -51,14 +51,14 @@ struct Tables {
             const int support = static_cast<int>(*p++);
             models.support[i] = support;
             const auto frequency = [=](int k) { return p[k < support ? support - k : k - support]; };
-            fill(-support, 2 * support + 1, frequency, models.decode[i], models.encode[i], models.reciprocal[i]);
+            fill(-support, 2 * support + 1, frequency, models.decode[i], models.encode[i]);
             p += support + 1;
         }
         for (int i = 0; i < LOSSLESS_TABLES; ++i) {
             const int length = static_cast<int>(*p++);
             models.length[i] = length;
             const auto frequency = [=](int k) { return p[k]; };
-            fill(0, length, frequency, models.decode_lossless[i], models.encode_lossless[i], models.reciprocal_lossless[i]);
+            fill(0, length, frequency, models.decode_lossless[i], models.encode_lossless[i]);
             p += length;
         }
         for (int64_t &threshold : models.variance) threshold = *p++;
@@ -139,15 +139,16 @@ uint64_t check_of(const Kernels &kernel, const uint8_t *first, int64_t first_byt
 
 bool read_channels(const uint8_t *row, const Sections &at, int mode, int group, float scale, Channels *out) {
     const uint8_t *side = row + at.side, *record = row + at.record + GROUP * group;
-    const int tables_there = mode == LMC_ROW_LOSSLESS ? LOSSLESS_TABLES : LOSSY_TABLES;
+    const bool lossless = mode == LMC_ROW_LOSSLESS, anchored = mode == LMC_ROW_ANCHORED;
+    const int tables_there = lossless ? LOSSLESS_TABLES : LOSSY_TABLES;
+    const unsigned kinds_there = lossless ? 0x01 : anchored ? 0x3f : 0x39;
+    unsigned wrong = 0;
+    int16_t anchors[GROUP] = {};
+    if (anchored) memcpy(anchors, side + 2 * GROUP * group, sizeof anchors);
     for (int c = 0; c < GROUP; ++c) {
         const int table = record[c] & 31, kind = record[c] >> 5;
-        if (table >= tables_there || kind > 5 || (kind && mode == LMC_ROW_LOSSLESS)) return false;
-        if ((kind == 1 || kind == 2) && mode != LMC_ROW_ANCHORED) return false;
-        int16_t anchor = 0;
-        if (mode == LMC_ROW_ANCHORED) memcpy(&anchor, side + 2 * (GROUP * group + c), 2);
-        if (mode == LMC_ROW_LOSSLESS) anchor = side[GROUP * group + c];
-        out->anchor[c] = anchor;
+        wrong |= (table >= tables_there) | (~kinds_there >> kind & 1);
+        out->anchor[c] = lossless ? side[GROUP * group + c] : anchors[c];
         out->shift[c] = kind > 2 ? kind - 2 : 0;
         out->round[c] = kind == 1 ? 1 : kind == 2 ? 0 : 1 << 30;
         out->halve[c] = kind == 1 ? 1 : kind == 2 ? 0 : 31;
@@ -155,7 +156,7 @@ bool read_channels(const uint8_t *row, const Sections &at, int mode, int group, 
         out->scale[c] = scale;
         out->entry[c] = table;
     }
-    return true;
+    return !wrong;
 }
 
 }  // namespace lmc::codec

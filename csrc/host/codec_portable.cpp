@@ -28,20 +28,19 @@ void decode(DecodeTile *tiles, int count, int tokens, const uint32_t *table) {
     }
 }
 
-}  // namespace
-
-void encode_plain(EncodeTile *tiles, int count, int tokens, const uint32_t *table, const uint32_t *reciprocal) {
+void encode(EncodeTile *tiles, int count, int tokens, const uint64_t *table) {
     for (EncodeTile *tile = tiles; tile < tiles + count; ++tile) {
         uint16_t *words = tile->words;
         for (int step = 2 * tokens - 1; step >= 0; --step) {
             for (int lane = LANES - 1; lane >= 0; --lane) {
-                const uint32_t at = tile->entries[(step >> 1) * GROUP + 2 * lane + (step & 1)], entry = table[at];
+                const uint64_t model = table[tile->entries[(step >> 1) * GROUP + 2 * lane + (step & 1)]];
+                const auto entry = static_cast<uint32_t>(model >> 32);
                 uint32_t x = tile->x[lane];
                 if (x >= (entry & 0xfff00000)) {
                     *--words = static_cast<uint16_t>(x);
                     x >>= 16;
                 }
-                const auto high = static_cast<uint32_t>(static_cast<uint64_t>(x) * reciprocal[at] >> 32);
+                const auto high = static_cast<uint32_t>(static_cast<uint64_t>(x) * (model & 0xffffffff) >> 32);
                 tile->x[lane] = x + (high >> ((entry >> 12) & 15)) * (SLOTS - (entry >> 20)) + (entry & 0xfff);
             }
         }
@@ -49,6 +48,8 @@ void encode_plain(EncodeTile *tiles, int count, int tokens, const uint32_t *tabl
     }
 }
 
-constexpr Kernels portable = make_kernels(decode, encode_plain);
+}  // namespace
+
+constexpr Kernels portable = make_kernels(decode, encode);
 
 }  // namespace lmc::codec

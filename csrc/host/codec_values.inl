@@ -8,6 +8,7 @@ typedef uint64_t VL __attribute__((vector_size(8 * W)));
 typedef uint16_t VH __attribute__((vector_size(2 * W)));
 typedef uint8_t VB __attribute__((vector_size(W)));
 typedef int16_t VS __attribute__((vector_size(2 * W)));
+typedef int16_t Shorts __attribute__((vector_size(4 * W)));
 
 template <class V>
 inline V get(const void *from) {
@@ -36,40 +37,81 @@ inline VU pick(VI mask, VU yes, VU no) { return (as<VU>(mask) & yes) | (~as<VU>(
 constexpr float MAGIC_FLOAT = 12582912.0f;  // 1.5 * 2^23
 inline VI round_int(VF v) { return as<VI>(as<VU>(v + MAGIC_FLOAT) - 0x4b400000u); }
 
-struct Bf16 {
-    using Element = uint16_t;
-    static constexpr uint32_t MAGNITUDE = 0x7fff;
-    static VF load(const Element *p) { return as<VF>(to<VU>(get<VH>(p)) << 16); }
-    static void store(Element *p, VF v) {
-        const VU bits = as<VU>(v);
-        put(p, to<VH>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16));
+// 2 W channels are worked on as two halves: in order, or even and odd ones where two share a lane of 32 bits.
+struct InOrder {
+    static int channel(int half, int k) { return half * W + k; }
+    template <class V>
+    static V each(const void *of_channels, int half) {
+        return get<V>(static_cast<const uint8_t *>(of_channels) + half * sizeof(V));
+    }
+    static VI symbols(const int16_t *p, int half) { return to<VI>(get<VS>(p + half * W)); }
+    static void put_entries(uint16_t *p, VU first, VU second) {
+        put(p, to<VH>(first));
+        put(p + W, to<VH>(second));
     }
 };
-struct F16 {
+struct EvenOdd {
+    static int channel(int half, int k) { return 2 * k + half; }
+    template <class V>
+    static V each(const void *of_channels, int half) {
+        const VL two = get<VL>(of_channels);
+        return as<V>(to<VU>(half ? two >> 32 : two));
+    }
+    static VI symbols(const int16_t *p, int half) { return half ? get<VI>(p) >> 16 : as<VI>(get<VU>(p) << 16) >> 16; }
+    static void put_entries(uint16_t *p, VU even, VU odd) { put(p, even | odd << 16); }
+};
+struct Bf16 : EvenOdd {
     using Element = uint16_t;
-    static constexpr uint32_t MAGNITUDE = 0x7fff;
-    static VF load(const Element *p) {
-        const VU half = to<VU>(get<VH>(p)), size = half & 0x7fff;
+    static VF load(const Element *p, int half) { return as<VF>(half ? get<VU>(p) & 0xffff0000 : get<VU>(p) << 16); }
+    static void store(Element *p, VF even, VF odd) { put(p, round(even) >> 16 | (round(odd) & 0xffff0000)); }
+
+private:
+    static VU round(VF v) { return as<VU>(v) + 0x7fff + ((as<VU>(v) >> 16) & 1); }
+};
+struct F16 : InOrder {
+    using Element = uint16_t;
+    static VF load(const Element *p, int half) {
+        const VU bits = to<VU>(get<VH>(p + half * W)), size = bits & 0x7fff;
         // Denormals as integers times 2^-24; the rest by moving the exponent.
         const VF small = to<VF>(as<VI>(size)) * 5.9604644775390625e-08f;
         const VU large = (size << 13) + (112u << 23);
-        return as<VF>(pick(size < 0x400, as<VU>(small), large) | ((half & 0x8000) << 16));
+        return as<VF>(pick(size < 0x400, as<VU>(small), large) | ((bits & 0x8000) << 16));
     }
-    static void store(Element *p, VF v) {
+    static void store(Element *p, VF first, VF second) {
+        put(p, narrow(first));
+        put(p + W, narrow(second));
+    }
+
+private:
+    static VH narrow(VF v) {
         const VU bits = as<VU>(v), size = bits & 0x7fffffff;
         const VU small = as<VU>(as<VF>(size) + 0.5f) - 0x3f000000;
         const VU normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
         const VU inf = VU{} + 0x7c00;
         const VU out = pick(size >= 0x47800000, inf, pick(size < 0x38800000, small, normal));
-        put(p, to<VH>(out | ((bits >> 16) & 0x8000)));
+        return to<VH>(out | ((bits >> 16) & 0x8000));
     }
 };
-struct F32 {
+struct F32 : InOrder {
     using Element = float;
-    static constexpr uint32_t MAGNITUDE = 0x7fffffff;
-    static VF load(const Element *p) { return get<VF>(p); }
-    static void store(Element *p, VF v) { put(p, v); }
+    static VF load(const Element *p, int half) { return get<VF>(p + half * W); }
+    static void store(Element *p, VF first, VF second) {
+        put(p, first);
+        put(p + W, second);
+    }
 };
+
+// Two signed 16-bit numbers in each lane: their products with those of another, added up.
+inline VI dot(VI a, VI b) {
+#if W == 16
+    return as<VI>(_mm512_madd_epi16(as<__m512i>(a), as<__m512i>(b)));
+#elif W == 8
+    return as<VI>(_mm256_madd_epi16(as<__m256i>(a), as<__m256i>(b)));
+#else
+    return (as<VI>(as<VU>(a) << 16) >> 16) * (as<VI>(as<VU>(b) << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+inline VI two(VI low, VI high) { return as<VI>((as<VU>(low) & 0xffff) | as<VU>(high) << 16); }
 
 template <class E>
 uint32_t peak(const void *in, int64_t count) {
@@ -96,21 +138,20 @@ template <class T>
 uint64_t energy(const void *in, int64_t count, float scale) {
     const auto *p = static_cast<const typename T::Element *>(in);
     uint64_t total = 0;
-    int64_t i = 0;
-    while (i + W <= count) {
-        // f * f is at most 2^28: 15 of them fit 32 bits.
+    typename T::Element last[2 * W] = {};
+    for (int64_t i = 0; i < count;) {
+        // f * f is at most 2^28: 14 of them fit 32 bits.
         VU sum = {};
-        for (int k = 0; k < 15 && i + W <= count; ++k, i += W) {
-            const VI f = round_int(T::load(p + i) * scale);
-            sum += as<VU>(f * f);
+        for (int k = 0; k < 7 && i < count; ++k, i += 2 * W) {
+            const auto *from = p + i;
+            if (count - i < 2 * W) {
+                memcpy(last, from, static_cast<size_t>(count - i) * sizeof *p);
+                from = last;
+            }
+            const VI f = two(round_int(T::load(from, 0) * scale), round_int(T::load(from, 1) * scale));
+            sum += as<VU>(dot(f, f));
         }
         for (int k = 0; k < W; ++k) total += sum[k];
-    }
-    if (i < count) {
-        typename T::Element last[W] = {};
-        memcpy(last, p + i, static_cast<size_t>(count - i) * sizeof *p);
-        const VI f = round_int(T::load(last) * scale);
-        for (int k = 0; k < W; ++k) total += static_cast<uint64_t>(f[k] * f[k]);
     }
     return total;
 }
@@ -119,15 +160,17 @@ template <class T>
 uint64_t spread(const void *in, int64_t stride, int tokens, float scale) {
     const auto *p = static_cast<const typename T::Element *>(in);
     uint64_t total = 0;
-    for (int c = 0; c < GROUP; c += W) {
+    for (int part = 0; part < GROUP / W; ++part) {
+        const auto *from = p + part / 2 * 2 * W;
         VI s1 = {};
         VL s2 = {};
         for (int t = 0; t < tokens;) {
             VU sum = {};
-            for (int end = t + 15 < tokens ? t + 15 : tokens; t < end; ++t) {
-                const VI f = round_int(T::load(p + t * stride + c) * scale);
-                s1 += f;
-                sum += as<VU>(f * f);
+            for (int k = 0; k < 7 && t < tokens; ++k, t += 2) {
+                const VI f = round_int(T::load(from + t * stride, part % 2) * scale);
+                const VI g = t + 1 < tokens ? round_int(T::load(from + (t + 1) * stride, part % 2) * scale) : VI{};
+                s1 += f + g;
+                sum += as<VU>(dot(two(f, g), two(f, g)));
             }
             s2 += to<VL>(sum);
         }
@@ -142,41 +185,49 @@ uint64_t spread(const void *in, int64_t stride, int tokens, float scale) {
 template <class T, bool PREDICT>
 void measure(const void *in, int64_t stride, int tokens, const float *token_scale, Measure *out) {
     const auto *p = static_cast<const typename T::Element *>(in);
-    for (int c = 0; c < GROUP; c += W) {
-        VI low = VI{} + INT32_MAX, high = VI{} + INT32_MIN, step_low = {}, step_high = {};
-        VU q1 = {};
-        VI before = round_int(T::load(p + c) * token_scale[0]);
-        put(out->first + c, before);
-        VU energy = {};
+    for (int part = 0; part < GROUP / W; ++part) {
+        const auto *from = p + part / 2 * 2 * W;
+        VI low = VI{} + INT32_MAX, high = VI{} + INT32_MIN;
+        Shorts step_low = {}, step_high = {};
+        const VI start = round_int(T::load(from, part % 2) * token_scale[0]);
+        VU before = as<VU>(start) & 0xffff, q1 = {}, energy = {};
         VL q2 = {};
         for (int t = 0; t < tokens;) {
-            // |q| <= 32767, or the row is stored raw: 4 squares fit 32 bits.
+            // |q| <= 32767, or the row is stored raw: 4 squares fit 32 bits, and a step what it is used for, |q - anchor| <= 127.
             VU sum = {};
-            for (int end = t + 4 < tokens ? t + 4 : tokens; t < end; ++t) {
-                const VI q = round_int(T::load(p + t * stride + c) * token_scale[t]);
-                q1 += as<VU>(q);
-                sum += as<VU>(q) * as<VU>(q);
+            for (int k = 0; k < 2 && t < tokens; ++k, t += 2) {
+                const bool alone = t + 1 == tokens;
+                const VI q = round_int(T::load(from + t * stride, part % 2) * token_scale[t]);
+                const VI r = alone ? q : round_int(T::load(from + (t + 1) * stride, part % 2) * token_scale[t + 1]);
                 low = low < q ? low : q;
+                low = low < r ? low : r;
                 high = high > q ? high : q;
-                if (PREDICT) {  // used only where |q - anchor| <= 127: then nothing here overflows
-                    const VI step = as<VI>(as<VU>(q) - as<VU>(before));
-                    energy += as<VU>(step) * as<VU>(step);
+                high = high > r ? high : r;
+                const VI pair = two(q, r), counted = alone ? as<VI>(as<VU>(q) & 0xffff) : pair;
+                q1 += as<VU>(q) + (alone ? VU{} : as<VU>(r));
+                sum += as<VU>(dot(counted, counted));
+                if (PREDICT) {
+                    const Shorts step = as<Shorts>(pair) - as<Shorts>(before | as<VU>(pair) << 16);
+                    energy += as<VU>(dot(as<VI>(step), as<VI>(step)));
                     step_low = step_low < step ? step_low : step;
                     step_high = step_high > step ? step_high : step;
-                    before = q;
+                    before = as<VU>(pair) >> 16;
                 }
             }
             q2 += to<VL>(sum);
         }
         for (int k = 0; k < W; ++k) {
-            out->q1[c + k] = static_cast<int32_t>(q1[k]);
-            out->q2[c + k] = static_cast<int64_t>(q2[k]);
-            out->low[c + k] = low[k];
-            out->high[c + k] = high[k];
+            const int c = part / 2 * 2 * W + T::channel(part % 2, k);
+            out->q1[c] = static_cast<int32_t>(q1[k]);
+            out->q2[c] = static_cast<int64_t>(q2[k]);
+            out->low[c] = low[k];
+            out->high[c] = high[k];
             if (PREDICT) {
-                out->energy[c + k] = energy[k];
-                const int64_t down = -static_cast<int64_t>(step_low[k]);
-                out->widest[c + k] = static_cast<int32_t>(step_high[k] > down ? step_high[k] : down);
+                out->first[c] = start[k];
+                out->energy[c] = energy[k];
+                const int up = step_high[2 * k] > step_high[2 * k + 1] ? step_high[2 * k] : step_high[2 * k + 1];
+                const int down = step_low[2 * k] < step_low[2 * k + 1] ? step_low[2 * k] : step_low[2 * k + 1];
+                out->widest[c] = up > -down ? up : -down;
             }
         }
     }
@@ -186,17 +237,28 @@ template <class T, bool PREDICT>
 void quantise(const void *in, int64_t stride, int tokens, bool begins, const float *token_scale,
               const Channels *channels, uint16_t *entries) {
     const auto *p = static_cast<const typename T::Element *>(in);
-    for (int c = 0; c < GROUP; c += W) {
-        const VF scale = get<VF>(channels->scale + c);
-        const VI anchor = get<VI>(channels->anchor + c), entry = get<VI>(channels->entry + c);
-        const VI round = get<VI>(channels->round + c), halve = get<VI>(channels->halve + c);
-        VI before = {};
-        if (PREDICT && !begins) before = round_int(T::load(p - stride + c) * (scale * token_scale[-1])) - anchor;
+    for (int c = 0; c < GROUP; c += 2 * W) {
+        VF scale[2];
+        VI anchor[2], round[2], halve[2], before[2] = {};
+        VU entry[2];
+        for (int h = 0; h < 2; ++h) {
+            scale[h] = T::template each<VF>(channels->scale + c, h);
+            anchor[h] = T::template each<VI>(channels->anchor + c, h);
+            round[h] = T::template each<VI>(channels->round + c, h);
+            halve[h] = T::template each<VI>(channels->halve + c, h);
+            entry[h] = T::template each<VU>(channels->entry + c, h);
+            if (PREDICT && !begins) before[h] = round_int(T::load(p - stride + c, h) * (scale[h] * token_scale[-1])) - anchor[h];
+        }
         for (int t = 0; t < tokens; ++t) {
-            const VI r = round_int(T::load(p + t * stride + c) * (scale * token_scale[t])) - anchor;
-            const VI symbol = PREDICT ? r - ((before + round) >> halve) : r;
-            if (PREDICT) before = r;
-            put(entries + t * GROUP + c, to<VH>(as<VU>(entry | (symbol & 255))));
+            VU found[2];
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; ++h) {
+                const VI r = round_int(T::load(p + t * stride + c, h) * (scale[h] * token_scale[t])) - anchor[h];
+                const VI symbol = PREDICT ? r - ((before[h] + round[h]) >> halve[h]) : r;
+                before[h] = r;
+                found[h] = entry[h] | (as<VU>(symbol) & 255);
+            }
+            T::put_entries(entries + t * GROUP + c, found[0], found[1]);
         }
     }
 }
@@ -205,17 +267,29 @@ template <class T, bool PREDICT>
 void restore(const int16_t *symbols, int tokens, const float *token_scale, Channels *channels, void *out,
              int64_t stride) {
     auto *p = static_cast<typename T::Element *>(out);
-    for (int c = 0; c < GROUP; c += W) {
-        const VF scale = get<VF>(channels->scale + c);
-        const VI anchor = get<VI>(channels->anchor + c);
-        const VI round = get<VI>(channels->round + c), halve = get<VI>(channels->halve + c);
-        VI r = get<VI>(channels->previous + c);
-        for (int t = 0; t < tokens; ++t) {
-            const VI symbol = to<VI>(get<VS>(symbols + t * GROUP + c));
-            r = PREDICT ? symbol + ((r + round) >> halve) : symbol;
-            T::store(p + t * stride + c, to<VF>(r + anchor) * (scale * token_scale[t]));
+    for (int c = 0; c < GROUP; c += 2 * W) {
+        VF scale[2];
+        VI anchor[2], round[2], halve[2], r[2];
+        for (int h = 0; h < 2; ++h) {
+            scale[h] = T::template each<VF>(channels->scale + c, h);
+            anchor[h] = T::template each<VI>(channels->anchor + c, h);
+            round[h] = T::template each<VI>(channels->round + c, h);
+            halve[h] = T::template each<VI>(channels->halve + c, h);
+            r[h] = T::template each<VI>(channels->previous + c, h);
         }
-        put(channels->previous + c, r);
+        for (int t = 0; t < tokens; ++t) {
+            VF value[2];
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; ++h) {
+                const VI symbol = T::symbols(symbols + t * GROUP + c, h);
+                r[h] = PREDICT ? symbol + ((r[h] + round[h]) >> halve[h]) : symbol;
+                value[h] = to<VF>(r[h] + anchor[h]) * (scale[h] * token_scale[t]);
+            }
+            T::store(p + t * stride + c, value[0], value[1]);
+        }
+        for (int h = 0; h < 2; ++h) {
+            for (int k = 0; k < W; ++k) channels->previous[c + T::channel(h, k)] = r[h][k];
+        }
     }
 }
 
