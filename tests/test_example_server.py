@@ -51,7 +51,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [sys.executable, str(ROOT / "examples/transformers_server.py"), str(place / "model")]
     command += ["--config", str(place / "cache.yaml"), "--port", "0"]
     with (place / "log").open("w+") as log:
+        # A test run in the background of a shell ignores SIGINT, and so would the server.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=place)
+        signal.signal(signal.SIGINT, before)
         try:
             assert process.stdout is not None
             url = process.stdout.readline().strip()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +20,9 @@ from conftest import BuildPipeline
 
 from lmcache_backends.gds import GdsConfig
 from lmcache_core import seal
+from lmcache_core.adapters._vllm_parts import Part
 from lmcache_core.adapters._vllm_scheduler import Scheduler
-from lmcache_core.adapters._vllm_wire import Copies
+from lmcache_core.adapters._vllm_wire import Copies, StepPlan
 from lmcache_core.config import LaneConfig, TierConfig
 from lmcache_core.errors import BackendError
 from lmcache_core.identity import Identity
@@ -207,6 +208,19 @@ def test_a_restart_serves_what_is_on_disk(pipelines: BuildPipeline, identities: 
         pipeline.close()
 
 
+class OneGroup(Scheduler):
+    """The scheduler half for an engine with one KV group: one table of blocks for each request."""
+
+    def allocated(self, request_id: str, table: Callable[[], Any], tokens: int) -> None:
+        super().allocated(request_id, lambda: (table(),), tokens)
+
+    def plan(self, scheduled: Mapping[str, int], table: Callable[[str], Any]) -> StepPlan:
+        plan = super().plan(scheduled, lambda name: None if (own := table(name)) is None else (own,))
+        plan.loads = None if plan.loads is None else replace(plan.loads, block_ids=plan.loads.block_ids[0])
+        plan.saves = None if plan.saves is None else replace(plan.saves, block_ids=plan.saves.block_ids[0])
+        return plan
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_the_vllm_scheduler_half(
@@ -215,8 +229,13 @@ def test_the_vllm_scheduler_half(
     """The same oracle over the adapter that vLLM gets, without vLLM."""
     injector = FaultInjector({"store": FLAKY})
     pipeline = pipelines(store(), slots=24, injector=injector, shared=True)
-    scheduler = Scheduler(
-        pipeline, lambda request: request.identity, asynchronous=asynchronous, overlap=True, save_decode=True
+    scheduler = OneGroup(
+        pipeline,
+        lambda request: request.identity,
+        asynchronous=asynchronous,
+        overlap=True,
+        save_decode=True,
+        parts={(0, 0): [Part(pipeline.layout, 0, saves=True)]},
     )
     engine = RefEngine(
         scheduler,
