@@ -23,7 +23,7 @@ from lmcache_core.types import ChunkKey
 
 pytestmark = pytest.mark.timeout(60)
 
-DEADLINE_S = 0.5
+DEADLINE_S = 1.0
 SLACK_S = 0.5
 CONTEXT = BuildContext("t", 8192, 1 << 20, 4, False, DEADLINE_S)
 
