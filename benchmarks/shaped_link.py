@@ -66,7 +66,7 @@ class Cable:
         """Hold both directions to `mbit` Mbit/s; None lifts the limit."""
         near, far = self._ends
         for inside, end in (((), near), (("ip", "netns", "exec", self.name), far)):
-            # One bucket holds what passes in 2 ms: short enough that a change is felt at once.
+            # A bucket must hold a whole offloaded segment (64 KiB), or the filter drops what it cannot cut.
             limit = [
                 "replace",
                 "dev",
@@ -76,7 +76,7 @@ class Cable:
                 "rate",
                 f"{mbit}mbit",
                 "burst",
-                f"{max(16, (mbit or 0) // 4)}kb",
+                "256kb",
             ]
             if mbit is None:
                 subprocess.run(
