@@ -3,8 +3,8 @@
     python benchmarks/shaped_link.py --model .models/smollm2-135m-instruct        as root: it makes a network namespace
 
 A Redis server runs in a network namespace of its own behind a virtual cable, whose both ends a token bucket filter
-holds to `--mbit` (the kernel's tbf). One process prefills a document once for each setting, forgets what is in memory,
-and asks again, several times. In the second half the cable becomes slower while the chunks are on their way.
+holds to `--mbit` (the kernel's tbf). For each setting vLLM prefills a document once, in bfloat16, forgets what is in
+memory, and is asked again, several times. In the second half the cable becomes slower while chunks are on their way.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from lmcache_core.cli.engine_args import vllm_transfer_config
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCHDYNAMO_DISABLE": "1",
+    "OMP_WAIT_POLICY": "passive",
+}
 LEVELS = ("near", "high", "balanced", "small", "tiny")
 LADDER = ("high", "balanced", "small", "tiny")
 NEAR, FAR = "10.213.7.1", "10.213.7.2"
@@ -96,14 +104,14 @@ class Row:
 
     setting: str
     ttft_s: list[float] = field(default_factory=list)
+    dram_ttft_s: list[float] = field(default_factory=list)
+    """The same prompt while its chunks are in memory: what no link can improve."""
     changing_ttft_s: list[float] = field(default_factory=list)
     stored_bytes: int = 0
     read_bytes: list[int] = field(default_factory=list)
     """Bytes read while the speed changed."""
     levels: dict[str, int] = field(default_factory=dict)
     """Chunks read at each level while the speed changed."""
-    chunks: int = 0
-    """Chunks served in the last repetition."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--document", type=Path, help="a text file instead of the demo's")
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=4104)
     parser.add_argument("--mbit", type=int, default=1000)
     parser.add_argument("--slow-mbit", type=int, default=100, help="the speed it falls to")
     parser.add_argument("--slow-after", type=float, default=0.15, help="seconds after the question")
@@ -134,6 +142,7 @@ def main() -> int:
     if os.geteuid() or missing:
         print(f"needs root and {', '.join(missing) or 'nothing else'}: it makes a network namespace", file=sys.stderr)
         return 2
+    os.environ.update(ENVIRONMENT)
     shape = Shape(args.mbit, args.slow_mbit, args.slow_after, args.target, 2 if args.quick else args.repetitions)
     settings = ["raw", "balanced", "tiny", "adaptive"] if args.quick else ["raw", *LEVELS, "adaptive"]
     rows = measure(args.model, args.document, args.tokens, settings, shape)
@@ -148,57 +157,67 @@ def vars_of(shape: Shape) -> dict[str, Any]:
     return {name: getattr(shape, name) for name in shape.__dataclass_fields__}
 
 
-def measure(model_path: Path, document: Path | None, tokens: int, settings: list[str], shape: Shape) -> list[Row]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def measure(model: Path, document: Path | None, tokens: int, settings: list[str], shape: Shape) -> list[Row]:
+    from transformers import AutoTokenizer
 
-    from lmcache_core.adapters.transformers import attach
-
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
     path = document or Path(__file__).resolve().parent.parent / "lmcache_core" / "cli" / "constitution.txt"
-    ids = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, :tokens]
-    if ids.shape[1] < tokens:
-        print(f"the document has {ids.shape[1]} tokens, fewer than {tokens}", file=sys.stderr)
-
+    prompt = AutoTokenizer.from_pretrained(model)(path.read_text(encoding="utf-8")).input_ids[:tokens]
+    if len(prompt) < tokens:
+        print(f"the document has {len(prompt)} tokens, fewer than {tokens}", file=sys.stderr)
     rows = []
     with Cable() as cable:
         for setting in settings:
-            cable.speed(None)
-            row = Row(setting)
-            with attach(model, configuration(setting, shape), tokenizer=tokenizer) as cache:
-                ask = partial(
-                    model.generate, ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False
-                )
-                ask()
-                if not cache.pipeline.flush(120):
-                    raise RuntimeError(f"{setting}: not everything was stored in two minutes")
-                row.stored_bytes = cache.pipeline.tiers[0].stats()["written_bytes"]
-                for _ in range(shape.repetitions):
-                    cable.speed(shape.mbit)
-                    row.ttft_s.append(seconds(cache, ask))
-                for _ in range(shape.repetitions):
-                    cable.speed(shape.mbit)
-                    before = dict(cache.pipeline.tiers[0].stats())
-                    with later(shape.slow_after_s, partial(cable.speed, shape.slow_mbit)):
-                        row.changing_ttft_s.append(seconds(cache, ask))
-                    after = cache.pipeline.tiers[0].stats()
-                    row.read_bytes.append(after["read_bytes"] - before["read_bytes"])
-                    for name in after:
-                        if name.startswith("read_cachegen"):
-                            row.levels[name] = row.levels.get(name, 0) + after[name] - before.get(name, 0)
-                row.chunks = cache.last.reused_tokens // 256
-            rows.append(row)
-            print(f"{setting}: {row}", file=sys.stderr)
+            rows.append(measure_one(model, prompt, cable, Row(setting), shape))
+            print(f"{setting}: {rows[-1]}", file=sys.stderr)
     return rows
 
 
-def seconds(cache: Any, ask: Any) -> float:
-    """Time to first token with nothing in memory, and the chunks' medium asked anew."""
-    cache.pipeline.clear("dram")
-    begun = perf_counter()
-    ask()
-    return perf_counter() - begun
+def measure_one(model: Path, prompt: list[int], cable: Cable, row: Row, shape: Shape) -> Row:
+    """One engine, in this process, so that its memory tier can be emptied."""
+    from vllm import LLM, SamplingParams
+
+    cable.speed(None)
+    connector = vllm_transfer_config(None) | {
+        "kv_connector_extra_config": {"config": configuration(row.setting, shape)}
+    }
+    options: dict[str, Any] = {"kv_transfer_config": connector, "enable_prefix_caching": False, "enforce_eager": True}
+    room = len(prompt) + 1
+    llm = LLM(model=str(model), dtype="bfloat16", max_model_len=room, kv_cache_memory_bytes=1 << 30, **options)
+    try:
+        pipeline = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler.pipeline
+        once = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+
+        def ask() -> float:
+            begun = perf_counter()
+            llm.generate({"prompt_token_ids": prompt}, once, use_tqdm=False)
+            return perf_counter() - begun
+
+        def ask_far() -> float:
+            pipeline.clear("dram")
+            return ask()
+
+        ask()
+        if not pipeline.flush(120):
+            raise RuntimeError(f"{row.setting}: not everything was stored in two minutes")
+        far = pipeline.tiers[0]
+        row.stored_bytes = far.stats()["written_bytes"]
+        row.dram_ttft_s = [ask() for _ in range(shape.repetitions)]
+        for _ in range(shape.repetitions):
+            cable.speed(shape.mbit)
+            row.ttft_s.append(ask_far())
+        for _ in range(shape.repetitions):
+            cable.speed(shape.mbit)
+            before = far.stats()
+            with later(shape.slow_after_s, partial(cable.speed, shape.slow_mbit)):
+                row.changing_ttft_s.append(ask_far())
+            after = far.stats()
+            row.read_bytes.append(after["read_bytes"] - before["read_bytes"])
+            for name in after:
+                if name.startswith("read_cachegen"):
+                    row.levels[name] = row.levels.get(name, 0) + after[name] - before.get(name, 0)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    return row
 
 
 @contextlib.contextmanager
@@ -243,6 +262,7 @@ def summary(rows: list[Row], shape: Shape) -> dict[str, Any]:
     rivals = [name for name in by if name != "adaptive" and changing[name] <= late]
     return {
         "ttft_s": {name: round(value, 4) for name, value in ttft.items()},
+        "dram_ttft_s": {name: round(statistics.median(row.dram_ttft_s), 4) for name, row in by.items()},
         "changing_ttft_s": {name: round(value, 4) for name, value in changing.items()},
         "balanced_vs_raw": round(ttft["raw"] / ttft["balanced"], 2),
         "adaptive_in_time": changing["adaptive"] <= late,

@@ -74,6 +74,10 @@ class _How(ctypes.Structure):
 _SIGNATURES: Final[dict[str, list[Any]]] = {
     "lmc_cuda_device_count": [],
     "lmc_cuda_multiprocessors": [_int32],
+    "lmc_cuda_bus_id": [_int32, _pointer, _int32],
+    "lmc_cuda_memory": [_int32, _pointer, _pointer],
+    "lmc_cuda_allocate": [_int32, _int64, _pointer],
+    "lmc_cuda_free": [_int32, _int64],
     "lmc_cuda_stream_create": [_int32, _pointer],
     "lmc_cuda_stream_destroy": [_uint64],
     "lmc_cuda_event_create": [_int32, _pointer],
@@ -153,6 +157,30 @@ def multiprocessors(device: int) -> int:
     return call("multiprocessors", device)
 
 
+def bus_id(device: int) -> str:
+    """PCI bus id of a device as the kernel writes it, e.g. `0000:3b:00.0`."""
+    out = ctypes.create_string_buffer(32)
+    call("bus_id", device, out, len(out))
+    return out.value.decode().lower()
+
+
+def memory(device: int) -> tuple[int, int]:
+    """Bytes of device memory: free now, and in all."""
+    free, total = _int64(), _int64()
+    call("memory", device, ctypes.byref(free), ctypes.byref(total))
+    return free.value, total.value
+
+
+def allocate(nbytes: int, device: int) -> int:
+    """Address of `nbytes` of device memory; `free` gives them back."""
+    return _created("allocate", device, nbytes)
+
+
+def free(address: int, device: int) -> None:
+    """Give back what `allocate` gave; waits for the device."""
+    call("free", device, address)
+
+
 def _created(name: str, *arguments: int) -> int:
     out = _uint64()
     call(name, *arguments, ctypes.byref(out))
@@ -164,10 +192,6 @@ class Stream:
 
     def __init__(self, device: int = 0) -> None:
         self.handle = _created("stream_create", device)
-
-    def wait(self, event: Event) -> None:
-        """Let what is queued from now on start after the event has fired."""
-        call("wait", self.handle, event.handle)
 
     def close(self) -> None:
         call("stream_destroy", self.handle)
@@ -181,6 +205,10 @@ class Event:
 
     def record(self, stream: int) -> None:
         call("record", self.handle, stream)
+
+    def hold(self, stream: int) -> None:
+        """Let what is queued on the stream from now on start after it has fired."""
+        call("wait", stream, self.handle)
 
     def fired(self) -> bool:
         return bool(call("query", self.handle))

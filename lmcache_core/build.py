@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lmcache_core.config import PipelineConfig, RecomputeConfig, TenancyConfig, TierConfig
 from lmcache_core.config.models import MIN_SECRET
 from lmcache_core.cost import Recompute
-from lmcache_core.errors import ConfigError, LMCacheError, PluginError, Problem
+from lmcache_core.doorway import Staging, staging_buffer_bytes
+from lmcache_core.errors import BackendUnavailable, ConfigError, LMCacheError, PluginError, Problem
 from lmcache_core.eviction.guard import Guarded
 from lmcache_core.eviction.lru import Lru
+from lmcache_core.gpu import CudaError
 from lmcache_core.ladder import LadderTier
 from lmcache_core.layout import KVLayout
+from lmcache_core.mirror import Mirror, place_bytes
 from lmcache_core.pipeline import Pipeline
 from lmcache_core.plugins import Plugins
 from lmcache_core.protocols import (
@@ -27,7 +30,7 @@ from lmcache_core.protocols import (
 from lmcache_core.seal import RAW_CODEC
 from lmcache_core.slots import Slots
 from lmcache_core.tenancy import Shares, Tenancy
-from lmcache_core.tier import ASK_THREADS, Staging, StorageTier, staging_buffer_bytes
+from lmcache_core.tier import ASK_THREADS, StorageTier
 from lmcache_core.types import object_bytes, round_up
 
 MIN_SLOTS = 2
@@ -51,6 +54,9 @@ class _Storage:
     staging_bytes: int
     own_bytes: int
     """Memory of the backend itself."""
+
+
+_Opened = MemoryBackend | StorageBackend | StorageTier | Mirror
 
 
 def build(
@@ -80,17 +86,19 @@ def build(
             )
         )
     tenancy = _tenancy(config.tenancy, problems)
-    memory_tier = config.tiers[0]
-    planned = [_plan(tier, layout, tenancy, plugins, problems) for tier in config.tiers[1:]]
+    device_tier, (memory_tier, *storage_tiers) = config.device_tier, config.host_tiers
+    planned = [_plan(tier, layout, tenancy, plugins, problems) for tier in storage_tiers]
     storage = [tier for tier in planned if tier is not None]
     _check_quotas(tenancy, config, layout, problems)
     count = _slot_count(memory_tier, layout, sum(t.staging_bytes + t.own_bytes for t in storage), problems)
+    if device_tier is not None:
+        _check_device(device_tier, config, layout, count, shared, problems)
     if problems:
         raise ConfigError(problems)
 
-    opened: list[MemoryBackend | StorageBackend | StorageTier] = []
+    opened: list[_Opened] = []
     try:
-        memory, backends = _open(plugins, memory_tier, storage, layout, shared, opened)
+        device, memory, backends = _open(plugins, device_tier, memory_tier, storage, layout, shared, opened)
         slot_bytes = round_up(object_bytes(layout.chunk_bytes))
         region = memory.allocate(count * slot_bytes)
         policy = _shared(memory_tier, tenancy, count * slot_bytes, slot_bytes) or _policy(memory_tier.eviction)
@@ -98,6 +106,7 @@ def build(
         tiers = [
             _tier(tier, backend, layout, slots, memory, opened) for tier, backend in zip(storage, backends, strict=True)
         ]
+        mirror = None if device_tier is None else _mirror(device_tier, device, slots, opened)
         return Pipeline(
             layout,
             memory_tier.name,
@@ -107,12 +116,13 @@ def build(
             verify=config.verify,
             recompute=_recompute(config.recompute),
             tenancy=tenancy,
+            mirror=mirror,
             fidelity=",".join(sorted({t.serde.codec for t in storage if t.serde is not None and not t.serde.lossless})),
         )
     except BaseException as error:
         for thing in reversed(opened):
             try:
-                if isinstance(thing, StorageTier):
+                if isinstance(thing, StorageTier | Mirror):
                     thing.close(1.0)
                 else:
                     thing.close()
@@ -146,7 +156,7 @@ def _check_quotas(tenancy: Tenancy | None, config: PipelineConfig, layout: KVLay
     slot = round_up(object_bytes(layout.chunk_bytes))
     named = {"quota": "", **{f"quotas.{name}": name for name in config.tenancy.quotas}}
     for path, tenant in named.items():
-        for tier in config.tiers:
+        for tier in config.host_tiers:
             quota = None if tier.capacity is None else tenancy.quota(tenant, tier.capacity)
             if quota is not None and quota < slot:
                 what = f"{quota} bytes of tier `{tier.name}` are less than one chunk takes, {slot} bytes"
@@ -245,7 +255,7 @@ def beside_slots(config: PipelineConfig, layout: KVLayout, plugins: Plugins) -> 
 
     `plugins` has the configuration's plugins active. Tiers that cannot be built count for nothing.
     """
-    planned = [_plan(tier, layout, None, plugins, []) for tier in config.tiers[1:]]
+    planned = [_plan(tier, layout, None, plugins, []) for tier in config.host_tiers[1:]]
     return sum(tier.staging_bytes + tier.own_bytes for tier in planned if tier is not None)
 
 
@@ -273,29 +283,76 @@ def _slot_count(tier: TierConfig, layout: KVLayout, staging: int, problems: list
     return count
 
 
+def _check_device(
+    tier: TierConfig, config: PipelineConfig, layout: KVLayout, slots: int, shared: bool, problems: list[Problem]
+) -> None:
+    """What speaks against a GPU tier before the GPU is asked."""
+
+    def problem(path: str, what: str, why: str, fix: str) -> None:
+        problems.append(Problem(where="build", path=path, what=what, why=why, fix=fix))
+
+    here, size, host = f"tiers.{tier.name}", place_bytes(layout.chunk_bytes), config.host_tiers[0].name
+    if shared:
+        why = "the pipeline must run in the process that owns the GPU's memory, and this engine's workers are others"
+        problem(here, "this engine can have no GPU tier", why, "remove it: the engine's own cache is on the GPU")
+    if config.verify == "serve":
+        why = "the CPU cannot check bytes in the memory of a GPU"
+        problem("verify", "`serve` cannot be had with a GPU tier", why, f"remove `verify`, or tier `{tier.name}`")
+    if tier.capacity is not None and tier.capacity < size:
+        fix = f"set it to many times {size} bytes, or lower chunk_tokens from {layout.chunk_tokens}"
+        problem(f"{here}.capacity", f"{tier.capacity} bytes hold no chunk of {size} bytes", "nothing would fit", fix)
+    elif tier.capacity is not None and slots >= MIN_SLOTS and tier.capacity // size > slots:
+        what = f"{tier.capacity} bytes hold {tier.capacity // size} chunks, tier `{host}` {slots}"
+        why = "the GPU tier holds copies of the chunks in host memory: the rest would never be used"
+        problem(f"{here}.capacity", what, why, f"raise the capacity of `{host}`, or lower this one to {slots * size}")
+
+
+def _mirror(tier: TierConfig, memory: MemoryBackend | None, slots: Slots, opened: list[_Opened]) -> Mirror:
+    """The GPU tier; it takes the place of its memory in `opened`."""
+    assert memory is not None and tier.capacity is not None
+    if not slots.region.pinned:
+        raise BackendUnavailable(
+            f"tier `{tier.name}`: the host memory below it is not pinned "
+            f"({slots.region.remark or 'its backend does not do that'}); use type: cpu with `pin: true`"
+        )
+    size = place_bytes(slots.chunk_bytes)
+    region = memory.allocate(tier.capacity // size * size)
+    try:
+        mirror = Mirror(tier.name, memory, region, slots)
+    except CudaError as error:
+        raise BackendUnavailable(f"tier `{tier.name}`: {error}") from error
+    opened[opened.index(memory)] = mirror
+    return mirror
+
+
 def _open(
     plugins: Plugins,
+    device_tier: TierConfig | None,
     memory_tier: TierConfig,
     storage: list[_Storage],
     layout: KVLayout,
     shared: bool,
-    opened: list[MemoryBackend | StorageBackend | StorageTier],
-) -> tuple[MemoryBackend, list[StorageBackend]]:
+    opened: list[_Opened],
+) -> tuple[MemoryBackend | None, MemoryBackend, list[StorageBackend]]:
     """Build every backend; `opened` gets them. Raise the one error, or all of them as a `ConfigError`."""
+    in_memory = [memory_tier] if device_tier is None else [device_tier, memory_tier]
     contexts = [
         BuildContext(
-            tier=memory_tier.name,
+            tier=tier.name,
             object_bytes=object_bytes(layout.chunk_bytes),
-            capacity=memory_tier.capacity,
+            capacity=tier.capacity,
             threads=1,
             shared=shared,
         )
+        for tier in in_memory
     ]
     contexts += [tier.context for tier in storage]
     memories: list[MemoryBackend] = []
     backends: list[StorageBackend] = []
     errors: list[tuple[BuildContext, LMCacheError]] = []
-    for context, tier in zip(contexts, [memory_tier, *(tier.config for tier in storage)], strict=True):
+    for context, tier in zip(contexts, [*in_memory, *(tier.config for tier in storage)], strict=True):
+        if memories:
+            context = replace(context, gpu=memories[0].device)
         try:
             backend = plugins.build_backend(tier.backend, context)
         except LMCacheError as error:
@@ -315,9 +372,9 @@ def _open(
     if errors:
         problems = [Problem(where="build", path=f"tiers.{c.tier}.backend", what=str(error)) for c, error in errors]
         raise ConfigError(problems) from errors[0][1]
-    if len(memories) != 1 or opened[0] is not memories[0]:
+    if len(memories) != len(in_memory) or opened[: len(memories)] != memories:
         raise ConfigError("a pipeline has one memory tier, its first, such as backend cpu; all others store objects")
-    return memories[0], backends
+    return (None if device_tier is None else memories[0]), memories[-1], backends
 
 
 def _tier(
@@ -326,7 +383,7 @@ def _tier(
     layout: KVLayout,
     slots: Slots,
     memory: MemoryBackend,
-    opened: list[MemoryBackend | StorageBackend | StorageTier],
+    opened: list[_Opened],
 ) -> StorageTier:
     """One storage tier around its backend; it takes the backend's place in `opened`."""
     config, lane = tier.config, tier.config.lane

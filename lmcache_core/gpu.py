@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lmcache_core import _cuda
-from lmcache_core._cuda import CudaError, Event, How, Ring, Rope, Stream
+from lmcache_core._cuda import CudaError, Event, How, Ring, Rope, Stream, copy_batch
 from lmcache_core.copies import PagedKV, PageGeometry
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-__all__ = ["CudaError", "Event", "GpuPagedKV", "How", "Ring", "Rope", "Stream"]
+__all__ = ["CudaError", "Event", "GpuPagedKV", "How", "Ring", "Rope", "Stream", "copy_batch"]
 
 
 class GpuPagedKV(PagedKV):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import inf
 from time import monotonic
 from types import TracebackType
@@ -17,6 +18,7 @@ from lmcache_core.types import ChunkKey, MissReason
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from lmcache_core.mirror import Mirror, Use
     from lmcache_core.pipeline import Pipeline
     from lmcache_core.tier import StorageTier
 
@@ -27,7 +29,7 @@ _SWEEP_S = 0.05
 class Lease:
     """Chunks pinned in memory, a prefix of what was asked for. Use as a context manager, or `release()`."""
 
-    __slots__ = ("_pipeline", "_slots", "keys", "reason", "sources")
+    __slots__ = ("_pipeline", "_slots", "_use", "keys", "reason", "sources")
 
     def __init__(
         self,
@@ -39,6 +41,7 @@ class Lease:
     ) -> None:
         self._pipeline = pipeline
         self._slots: list[int] | None = slots
+        self._use: Use | None = None
         self.keys = keys
         self.sources = sources
         """Name of the tier each chunk came from."""
@@ -65,12 +68,23 @@ class Lease:
         """Payload addresses in this process."""
         return self.offsets + self._pipeline.slots.region.address
 
+    def on_device(self, stream: int, count: int | None = None) -> NDArray[np.int64]:
+        """Addresses from which work queued on `stream`, one of the GPU tier's device, can read the first `count`
+        payloads: device memory where there is room, pinned host memory beyond. What was there already says so in
+        `sources`.
+
+        Once, for a pipeline with a `mirror`. `release` then takes effect when all work queued by then is done.
+        """
+        addresses, self._use, found = _mirror_of(self._pipeline, self._use).bring(self.slots[:count], stream)
+        self._pipeline._found_on_device(self.sources, found)
+        return addresses
+
     def view(self, i: int) -> memoryview:
         """Raw bytes of chunk `i`; valid until release, not to be written."""
         return self._pipeline.slots.payload(self.slots[i])
 
     def release(self) -> None:
-        """Drop the pins. Idempotent, from any thread."""
+        """Drop the pins, after `on_device` when the stream has come so far. Idempotent, from any thread."""
         self._pipeline._release(self)
 
     def __enter__(self) -> Lease:
@@ -85,7 +99,7 @@ class Lease:
 class Reservation:
     """Slots for chunks that are not stored yet. Fill them, then `commit()`; leaving without commit aborts."""
 
-    __slots__ = ("_chain", "_epoch", "_keys", "_pipeline", "_slots", "positions")
+    __slots__ = ("_chain", "_epoch", "_keys", "_pipeline", "_slots", "_use", "positions")
 
     def __init__(
         self,
@@ -100,6 +114,7 @@ class Reservation:
         self._chain = chain
         self._keys = keys
         self._slots: list[int] | None = slots
+        self._use: Use | None = None
         self._epoch = epoch
         self.positions = positions
         """Indexes into the keys given to `reserve` that got a slot; the others are stored already or found no room."""
@@ -124,20 +139,39 @@ class Reservation:
         """Payload addresses in this process, aligned with `positions`."""
         return self.offsets + self._pipeline.slots.region.address
 
+    def on_device(self, stream: int, count: int | None = None) -> NDArray[np.int64]:
+        """Addresses to which work queued on `stream`, one of the GPU tier's device, writes the payloads of the first
+        `count` of `positions`: device memory where there is room, pinned host memory beyond.
+
+        Once, for a pipeline with a `mirror`. What the engine's pages held may change as soon as that work is done;
+        `commit` and `abort` return at once and take effect later: with `commit`, when all is in host memory too.
+        """
+        addresses, self._use = _mirror_of(self._pipeline, self._use).room(self.slots[:count], stream)
+        return addresses
+
     def view(self, i: int) -> memoryview:
         """Room for the raw bytes of the chunk at `positions[i]`."""
         return self._pipeline.slots.payload(self.slots[i])
 
     def commit(self) -> int:
-        """Publish the filled chunks and hand them to the write tiers; the number of chunks published."""
+        """Publish the filled chunks and hand them to the write tiers; the number of chunks published.
+
+        After `on_device`, the number of chunks that will be, unless something else brings them meanwhile.
+        """
         slots, self._slots = self.slots, None
-        return self._pipeline._commit(self._chain, self._keys, slots, self._epoch)
+        commit = partial(self._pipeline._commit, self._chain, self._keys, slots, self._epoch)
+        if self._use is None:
+            return commit()
+        mirror = self._pipeline.mirror
+        assert mirror is not None
+        mirror.land(self._use, slots, commit, partial(self._pipeline._abort, self._keys, slots))
+        return len(slots)
 
     def abort(self) -> None:
         """Give the slots back; nothing becomes visible. Does nothing after commit or abort."""
         slots, self._slots = self._slots, None
         if slots is not None:
-            self._pipeline._abort(self._keys, slots)
+            self._pipeline._after(self._use, partial(self._pipeline._abort, self._keys, slots))
 
     def __enter__(self) -> Reservation:
         return self
@@ -146,6 +180,13 @@ class Reservation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
+
+
+def _mirror_of(pipeline: Pipeline, use: Use | None) -> Mirror:
+    """Its GPU tier. Raise `ValueError` where there is none, or where it is in use already."""
+    if pipeline.mirror is None or use is not None:
+        raise ValueError("on_device is for pipelines with a GPU tier" if use is None else "on_device was called before")
+    return pipeline.mirror
 
 
 class Hit:

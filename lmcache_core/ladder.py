@@ -14,7 +14,7 @@ from typing import Any
 
 from lmcache_core.errors import BackendUnavailable
 from lmcache_core.protocols import Ladder, Serde, StorageBackend
-from lmcache_core.tier import Outcome, StorageTier
+from lmcache_core.tier import Outcome, StorageTier, Write
 from lmcache_core.types import HEADER_BYTES, IDENTITY_BYTES, ChunkKey, Got, MissReason
 
 STEP_S = 0.02
@@ -49,7 +49,7 @@ class LadderTier(StorageTier):
         self._readers = 0
         self._done = 0
         """Chunks that jobs which still run have read: a lane counts a job until it ends."""
-        if self._index is not None:
+        if self.books.index is not None:
             self.stop()
             raise BackendUnavailable(
                 f"tier `{name}`: an adaptive level needs a medium that keeps its own books, such as redis, s3 without "
@@ -119,20 +119,11 @@ class LadderTier(StorageTier):
             self._sizes[rung] += (len(obj) - self._sizes[rung]) / 8
 
     # -- writing ---------------------------------------------------------------------------------------------
-    def _encode(
-        self,
-        serde: Serde,
-        new: Sequence[int],
-        keys: Sequence[ChunkKey],
-        slots: Sequence[int],
-        outcomes: list[Outcome],
-        epoch: int,
-        chain: Sequence[ChunkKey],
-    ) -> None:
+    def _encode(self, serde: Serde, new: Sequence[int], job: Write) -> None:
         for rung in self._ladder.rungs:
             # The last one's outcome is the chunk's: without the others it can still be served.
-            told = outcomes if rung is self._ladder.rungs[-1] else list(outcomes)
-            super()._encode(rung, new, self._names(rung, keys), slots, told, epoch, chain)
+            told = job.outcomes if rung is self._ladder.rungs[-1] else list(job.outcomes)
+            super()._encode(rung, new, job._replace(keys=self._names(rung, job.keys), outcomes=told))
 
     def _medium_delete(self, keys: Sequence[ChunkKey]) -> bool:
         return super()._medium_delete([name for serde in self._ladder.rungs for name in self._names(serde, keys)])

@@ -25,6 +25,7 @@ from lmcache_core.handles import Batch, Hit, Lease, Locate, Reservation, Transfe
 from lmcache_core.identity import Identity
 from lmcache_core.lanes import finish_within
 from lmcache_core.layout import KVLayout
+from lmcache_core.mirror import Mirror, Use
 from lmcache_core.plan import Move, locate, split
 from lmcache_core.protocols import MemoryBackend
 from lmcache_core.slots import Slots
@@ -48,7 +49,7 @@ class Pipeline:
     def __init__(
         self, layout: KVLayout, memory_name: str, memory: MemoryBackend, slots: Slots, tiers: Sequence[StorageTier],
         *, verify: Literal["load", "serve"] = "load", recompute: Recompute | None = None, fidelity: str = "",
-        tenancy: Tenancy | None = None,
+        tenancy: Tenancy | None = None, mirror: Mirror | None = None,
     ) -> None:  # fmt: skip
         self.layout = layout
         self.slots = slots
@@ -59,6 +60,8 @@ class Pipeline:
         """What reading must be faster than."""
         self.tenancy = tenancy
         """None where tenants are not told apart."""
+        self.mirror = mirror
+        """The GPU tier, of copies; None without one."""
         self.fidelity = fidelity
         """Codecs of lossy tiers, empty without any: part of the identity of every key this pipeline is asked for."""
         self._memory = memory
@@ -531,8 +534,31 @@ class Pipeline:
     def _release(self, lease: Lease) -> None:
         with self._lock:
             slots, lease._slots = lease._slots, None
-            if slots:
+            if slots and lease._use is None:
                 self.slots.unpin(slots)
+        if slots and lease._use is not None:
+            self._after(lease._use, partial(self._unpin, slots))
+
+    def _unpin(self, slots: Sequence[int]) -> None:
+        with self._lock:
+            self.slots.unpin(slots)
+
+    def _after(self, use: Use | None, then: Callable[[], None]) -> None:
+        """Call `then`: now, or when a GPU is done with what it uses. Lock not held."""
+        if use is None or self.mirror is None:
+            then()
+        else:
+            self.mirror.after(use, then)
+
+    def _found_on_device(self, sources: list[str], found: Sequence[bool]) -> None:
+        """Chunks that are served from the GPU tier after all: correct their sources, and the counters."""
+        assert self.mirror is not None
+        with self._lock:
+            for i, here in enumerate(found):
+                if here:
+                    self.counts["hit." + sources[i]] -= 1
+                    self.counts["hit." + self.mirror.name] += 1
+                    sources[i] = self.mirror.name
 
     # -- storing ---------------------------------------------------------------------------------------------
     def reserve(self, keys: Sequence[ChunkKey], first: int = 0) -> Reservation:
@@ -651,7 +677,8 @@ class Pipeline:
         Waits for the media to delete their objects, at most `CLEAR_S` seconds. Raise `BackendError` when one fails or
         takes longer: that tier stays out of service until a clear succeeds.
         """
-        names = [self.memory_name, *(t.name for t in self.tiers)]
+        device = [] if self.mirror is None else [self.mirror.name]
+        names = [*device, self.memory_name, *(t.name for t in self.tiers)]
         if tier is not None and tier not in names:
             raise ValueError(f"no tier {tier!r}; there are {', '.join(names)}")
         chosen = [t for t in self.tiers if tier in (None, t.name)]
@@ -666,6 +693,8 @@ class Pipeline:
                     self.slots.hide(key)
                 for batch in list({id(batch): batch for batch in self._loads.values()}.values()):
                     ended += self._tell(batch, dict.fromkeys(batch.keys, MissReason.RACED))
+        if self.mirror is not None and tier in (None, self.memory_name, self.mirror.name):
+            self.mirror.clear()
         self._end(ended)
         finish_within(CLEAR_S, [storage.wipe for storage in chosen], "clear")
         failed = [f"{t.name} ({t.last_error or 'no answer'})" for t in chosen if t.wiping]
@@ -686,7 +715,7 @@ class Pipeline:
                     return
             present = tier.present(keys)
             present = tier.ask(keys) if present is None else present
-            if isinstance(present, list) and not any(present):
+            if isinstance(present, list) and not any(present) and not tier.owes(keys):
                 gone.append(tier)
 
         with self._lock:
@@ -707,6 +736,8 @@ class Pipeline:
     def flush(self, timeout: float) -> bool:
         """Write down everything that must be written; False when that took longer than `timeout` seconds."""
         end = monotonic() + timeout
+        if self.mirror is not None and not self.mirror.drain(timeout):
+            return False
         while True:
             self._sweep()
             with self._lock:
@@ -734,7 +765,9 @@ class Pipeline:
             tier.stop()
         left = max(0.1, end - monotonic())
         finish_within(left, [partial(tier.close, left) for tier in self.tiers], "close")
-        self._memory.close()
+        # Memory that a GPU may still copy from or to stays.
+        if self.mirror is None or self.mirror.close(max(0.1, end - monotonic())):
+            self._memory.close()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -757,6 +790,7 @@ class Pipeline:
                 "free": len(slots.free),
                 "dirty": self._down.waiting,
                 "evicted": slots.evicted,
+                "remark": slots.region.remark,
             }
         if slots.shares is not None:
             memory["tenants"] = slots.shares.stats()
@@ -764,6 +798,8 @@ class Pipeline:
         tiers: dict[str, Any] = {self.memory_name: memory, **{tier.name: tier.stats() for tier in self.tiers}}
         for entry, policy in zip(tiers.values(), (slots.policy, *(tier.policy for tier in self.tiers)), strict=True):
             entry["eviction_trouble"] = trouble(policy)
+        if self.mirror is not None:
+            tiers = {self.mirror.name: self.mirror.stats(), **tiers}
         return {
             "stored": counts.get("stored", 0),
             "hits": {name: counts.get(f"hit.{name}", 0) for name in tiers},
@@ -780,6 +816,8 @@ class Pipeline:
         with self._lock:
             self.slots.check(self._reading + len(self._filling))
             self._down.check()
+            if self.mirror is not None:
+                self.mirror.check(idle=idle)
             if idle:
                 pinned = {slot: pins for slot, pins in enumerate(self.slots.pins) if pins}
                 assert not pinned, f"pins left behind: {pinned}"

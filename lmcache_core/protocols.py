@@ -79,6 +79,8 @@ class BuildContext:
     call by then: a call that does not end keeps its thread."""
     lookup_deadline: float = 5.0
     """The same for `contains`, which an engine may be waiting for: usually far shorter."""
+    gpu: int | None = None
+    """Memory backends: the GPU whose tier holds copies of this memory, which must be pinned for it."""
 
 
 class BackendConfig(Frozen, ABC):
@@ -86,6 +88,8 @@ class BackendConfig(Frozen, ABC):
 
     in_memory: ClassVar[bool] = False
     """True when `build` returns a `MemoryBackend`: known from the class, before anything is built."""
+    on_device: ClassVar[bool] = False
+    """True when that is the memory of a GPU: a tier of copies, above the one in host memory."""
 
     type: str
 
@@ -125,17 +129,24 @@ class Region:
     address: int
     nbytes: int
     view: memoryview
-    """Writable bytes of the whole region (host memory)."""
+    """Writable bytes of the whole region; empty for device memory."""
     share: dict[str, int] | None = None
     """How another process of the same user maps it (`{"pid", "fd", "nbytes"}`), or None when private."""
     pinned: bool = False
     """Registered with a device driver for asynchronous copies."""
+    remark: str = ""
+    """What was asked for and could not be had, with the reason: pinning, a NUMA node."""
     owner: Any = None
     """Whatever keeps the memory alive."""
+    device: int | None = None
+    """The GPU whose memory it is, for storage backends that are `device_direct`; None for host memory."""
 
 
 class MemoryBackend(ABC):
     """A medium the CPU or GPU addresses directly; the core cuts its region into slots."""
+
+    device: int | None = None
+    """The GPU whose memory it hands out, which the CPU cannot touch; None for host memory."""
 
     @abstractmethod
     def allocate(self, nbytes: int) -> Region:
@@ -207,6 +218,10 @@ class StorageBackend(ABC):
     def usage(self) -> Usage | None:
         """What is stored now, or None when the medium cannot say cheaply."""
         return None
+
+    def stats(self) -> dict[str, Any]:
+        """What the backend chose for itself, as text, and counters of its own: plain data, for people and dashboards."""
+        return {}
 
     @abstractmethod
     def close(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,8 @@ class Slots:
         self.dirty: dict[int, None] = {}
         """Ready slots that a write-back tier does not have yet and that are not on their way, longest waiting first."""
         self.evicted = 0
+        self.freed: Callable[[Sequence[int]], None] | None = None
+        """Told of slots whose chunks are gone, by whoever keeps copies of them."""
         self.shares = policy if isinstance(policy, Shares) else None
         """Whose the slots are, where tenants have quotas; counted in slots, from `take` until they are free."""
         self._share_of: list[Share | None] = [None] * self.count
@@ -204,6 +206,8 @@ class Slots:
 
     def _free(self, slots: Sequence[int]) -> None:
         self.free.extend(slots)
+        if self.freed is not None:
+            self.freed(slots)
         if self.shares is not None:
             for slot in slots:
                 share, self._share_of[slot] = self._share_of[slot], None

@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import inf
 from time import monotonic
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple
 
 from lmcache_core import seal
+from lmcache_core.books import Books
 from lmcache_core.cost import ReadSpeed
+from lmcache_core.doorway import PLUGIN_ERRORS, Doorway, Staging, each
 from lmcache_core.errors import BackendError, CorruptChunk, NoSpace
 from lmcache_core.lanes import Breaker, Lane
-from lmcache_core.protocols import EvictionPolicy, Region, Serde, StorageBackend
+from lmcache_core.protocols import EvictionPolicy, Serde, StorageBackend
 from lmcache_core.slots import Slots
-from lmcache_core.tenancy import Share, Shares
-from lmcache_core.types import HEADER_BYTES, ChunkKey, Got, MissReason, object_bytes, round_up
-
-_T = TypeVar("_T")
+from lmcache_core.types import ChunkKey, Got, MissReason
 
 Outcome = MissReason | None
 """None when a chunk was read or written, else why not."""
-
-PLUGIN_ERRORS = (Exception, SystemExit)
-"""What a plugin may raise without taking anything else with it."""
 
 _RETRIES = 8
 """How often a put that found no space evicts a little more and tries again."""
@@ -39,27 +35,17 @@ ASK_THREADS = 2
 """Threads that ask a medium what it has: a second one, so that a question that hangs does not stop the next."""
 
 
-class Staging:
-    """A fixed pool of buffers for encoded objects, cut at start-up into an equal share for each lane thread."""
+class Write(NamedTuple):
+    """One call of `write`. Chunks are known by their position in `keys`."""
 
-    def __init__(self, region: Region, buffer_bytes: int, threads: int) -> None:
-        self.region = region
-        count = region.nbytes // buffer_bytes
-        self._share = count // threads
-        self._free = [region.view[i * buffer_bytes : (i + 1) * buffer_bytes] for i in range(count)]
-        self._lock = threading.Lock()
-
-    def take(self, want: int) -> list[memoryview]:
-        """Buffers for one thread: `want`, at most its share."""
-        with self._lock:
-            taken = [self._free.pop() for _ in range(min(want, self._share))]
-        if not taken:
-            raise AssertionError("staging has no buffer for each lane thread")
-        return taken
-
-    def give_back(self, buffers: Sequence[memoryview]) -> None:
-        with self._lock:
-            self._free.extend(buffers)
+    keys: Sequence[ChunkKey]
+    slots: Sequence[int]
+    outcomes: list[Outcome]
+    """Of each key, as far as it is known."""
+    epoch: int
+    """Of the tier when the write was asked for."""
+    chain: Sequence[ChunkKey]
+    """The whole prefix the keys belong to."""
 
 
 class StorageTier:
@@ -106,39 +92,24 @@ class StorageTier:
         self.speed = ReadSpeed(threads)
         self._serde = serde
         self._slots = slots
-        self._layout_id = layout_id
+        self._door = Doorway(slots, layout_id)
         self._staging = staging
         self._lock = threading.Lock()
-        self.policy = policy
-        self.shares = policy if isinstance(policy, Shares) else None
-        """Whose the objects are, where tenants have quotas; counted in bytes of the index."""
-        if self.shares is not None:
-            self.shares.size_of = lambda key: 0 if self._index is None else self._index.get(key, 0)
-        self._index: dict[ChunkKey, int] | None = None
-        self._used = 0
-        self._held = 0
-        """Bytes set aside: objects being written, and evicted ones that the medium may still hold."""
         self._writing: set[ChunkKey] = set()
-        self._deleting: dict[ChunkKey, int] = {}
-        """Out of the index, not yet off the medium, with their bytes. Not written again before they are gone."""
-        self._undeleted: dict[ChunkKey, int] = {}
-        """Those the medium refused to delete; tried again with the next deletion."""
         self._wiping = False
         self._wipe_lock = threading.Lock()
-        found = backend.scan()
-        if found is None:
-            self.shares = None  # the medium keeps its own books
-        else:
-            self._index = {}
-            for key, nbytes in found:
-                self._enter([key], [backend.footprint(nbytes)])
-            self.counts["recovered"] = len(self._index)
-            if capacity is not None and self._used > capacity:
-                gone = self._evict(self._used - capacity, 0, ())
-                if gone:
-                    self._delete(gone)
+        self.policy = policy
+        self.books = books = Books(policy, capacity, self.counts)
+        books.open(backend.scan(), backend.footprint)
+        if capacity is not None and books.used > capacity:
+            gone = books.make_room(0, 0, (), None)
+            if gone:
+                self._delete(gone)
         # Threads last: whatever fails above leaves none behind.
         self.ask_breaker = Breaker(2 * self.lookup_deadline)
+        self._delete_breaker = Breaker(2 * deadline)
+        """Spaces out the attempts to delete what the medium refused to delete."""
+        self._retrying = False
         self.read_lane = Lane(f"{name}-read", threads, queue, slots.region.nbytes, deadline, Breaker(2 * deadline))
         inflight = max(inflight, slots.slot_bytes)
         self.write_lane = Lane(f"{name}-write", threads, queue, inflight, deadline, Breaker(2 * deadline))
@@ -146,7 +117,7 @@ class StorageTier:
         """For a medium that must be asked; threads of its own, so that no question waits for a long read."""
         self.lanes = [self.read_lane, self.write_lane]
         """Each may give work to the next."""
-        if self._index is None and not backend.contains_is_local:
+        if books.index is None and not backend.contains_is_local:
             self.ask_lane = Lane(f"{name}-ask", ASK_THREADS, queue, 1, self.lookup_deadline, self.ask_breaker)
             self.lanes.insert(0, self.ask_lane)
 
@@ -157,8 +128,8 @@ class StorageTier:
             return [False] * len(keys)
         if self.read_lane.breaker.refuses or self.ask_breaker.refuses:
             return MissReason.BREAKER
-        if self._index is not None:
-            index = self._index
+        index = self.books.index
+        if index is not None:
             return [key in index for key in keys]
         if not self.backend.contains_is_local:
             return None
@@ -171,23 +142,30 @@ class StorageTier:
     def ask(self, keys: Sequence[ChunkKey]) -> list[bool] | MissReason:
         """Ask the medium which keys it has."""
         try:
-            return list(_all(keys, self.backend.contains(keys)))
+            found = list(each(keys, self.backend.contains(keys)))
         except PLUGIN_ERRORS as error:
             self._failed("contains", error)
             return MissReason.ERROR
+        unwanted = self.books.undeleted
+        return [there and key not in unwanted for key, there in zip(keys, found, strict=True)] if unwanted else found
 
     def has(self, key: ChunkKey) -> bool:
         """Whether the key is known to be stored, or is being written."""
-        return key in self._writing or (self._index is not None and key in self._index)
+        index = self.books.index
+        return key in self._writing or (index is not None and key in index)
+
+    def owes(self, keys: Sequence[ChunkKey]) -> bool:
+        """Whether any of the keys was to be deleted, and the medium may still have it."""
+        return any(key in self.books.deleting for key in keys)
 
     @property
     def used(self) -> int:
         """Bytes the tier's objects occupy on the medium, by its own books (0 without an index)."""
-        return self._used
+        return self.books.used
 
     def touch(self, keys: Sequence[ChunkKey]) -> None:
         """Note a use, also when the chunks were served from a nearer tier."""
-        if self._index is not None:
+        if self.books.index is not None:
             with self._lock:
                 self.policy.touch(keys)
 
@@ -234,26 +212,30 @@ class StorageTier:
             epoch = self.epoch if epoch is None else epoch
             if self._wiping or epoch != self.epoch:
                 return [MissReason.RACED] * len(keys)
-            outcomes: list[Outcome] = [MissReason.RACED if key in self._deleting else None for key in keys]
+            busy = self.books.deleting
+            if self.books.index is None:  # there a put may replace what could not be deleted
+                busy = {key: 0 for key in busy if key not in self.books.undeleted}
+            outcomes: list[Outcome] = [MissReason.RACED if key in busy else None for key in keys]
             new = [i for i, key in enumerate(keys) if outcomes[i] is None and not self.has(key)]
             mine = [keys[i] for i in new]
             self._writing.update(mine)
         for i in new:
             outcomes[i] = MissReason.ERROR
         try:
+            job = Write(keys, slots, outcomes, epoch, chain)
             if self._serde is None:
-                self._store([(i, self._sealed(keys[i], slots[i])) for i in new], keys, outcomes, epoch, chain)
+                self._store([(i, self._door.seal(keys[i], slots[i])) for i in new], job)
             else:
-                self._encode(self._serde, new, keys, slots, outcomes, epoch, chain)
+                self._encode(self._serde, new, job)
         except PLUGIN_ERRORS as error:
             self._failed("write", error)
         finally:
             if mine and epoch != self.epoch:
                 # Cleared meanwhile, so nothing was entered; what reached the medium after its own clear goes now.
-                self._medium_delete(mine)
+                self._delete_doubtful(dict.fromkeys(mine, 0))
             with self._lock:
                 self._writing.difference_update(mine)
-                if self._index is not None:
+                if self.books.index is not None:
                     self.policy.touch(chain)
         return outcomes
 
@@ -263,13 +245,7 @@ class StorageTier:
         with self._lock:
             self.epoch += 1
             self._wiping = True
-            if self._index is not None:
-                for key in self._index:
-                    self.policy.remove(key)
-                self._index = {}
-                self._used = 0
-                for share in self.shares or ():
-                    share.used = 0
+            self.books.wipe()
 
     def wipe(self) -> None:
         """Clear the medium after `begin_wipe`. If that fails, the tier stays out of service until a later clear."""
@@ -283,8 +259,8 @@ class StorageTier:
                 return
             with self._lock:
                 self._wiping = False
-                self._deleted(self._undeleted)
-                self._undeleted = {}
+                self.books.deleted(self.books.undeleted)
+                self.books.undeleted = {}
 
     @property
     def wiping(self) -> bool:
@@ -293,9 +269,26 @@ class StorageTier:
 
     # -- life ------------------------------------------------------------------------------------------------
     def sweep(self) -> None:
-        """Give up on overdue work of every lane. Called with no lock held."""
+        """Give up on overdue work of every lane; try deletions again. Called with no lock held."""
         for lane in self.lanes:
             lane.sweep()
+        if self.books.undeleted and not self._retrying:
+            self._retry()
+
+    def _retry(self) -> None:
+        """Delete, on the write lane, what the medium refused to delete: at most one attempt at a time."""
+
+        def run() -> Outcome:
+            done = self._delete({})
+            self._retrying = False
+            return None if done else MissReason.ERROR
+
+        def cancel(_: MissReason) -> None:
+            self._retrying = False
+
+        self._retrying = True
+        if self.write_lane.submit(run, cancel, 0, breaker=self._delete_breaker, urgent=True) is not None:
+            self._retrying = False
 
     def drain(self, timeout: float) -> bool:
         """Wait until no lane has work; False when that took longer than `timeout` seconds."""
@@ -339,7 +332,7 @@ class StorageTier:
     ) -> list[Outcome]:
         """Read objects; with a serde, decode them into the slots `into`."""
         try:
-            results = _all(keys, self._get(keys, buffers))
+            results = each(keys, self._get(keys, buffers))
         except PLUGIN_ERRORS as error:
             self._failed("get", error)
             return [MissReason.ERROR] * len(keys)
@@ -347,7 +340,7 @@ class StorageTier:
         for i, (key, buffer, got) in enumerate(zip(keys, buffers, results, strict=True)):
             if got is None:
                 # It was there when it was located.
-                if self._index is not None:
+                if self.books.index is not None:
                     self.forget([key])
                 outcomes.append(MissReason.RACED)
             elif isinstance(got, CorruptChunk):
@@ -372,21 +365,7 @@ class StorageTier:
         return self.backend.get_into(keys, buffers)
 
     def _open(self, key: ChunkKey, obj: memoryview, serde: Serde | None, payload: memoryview | None) -> None:
-        chunk_bytes = self._slots.chunk_bytes
-        head = seal.unseal(obj, key, self._layout_id, serde.codec if serde else seal.RAW_CODEC, chunk_bytes)
-        if serde is None or payload is None:
-            if head.stored_bytes != chunk_bytes:
-                raise CorruptChunk(
-                    MissReason.CORRUPT, f"raw chunk of {head.stored_bytes} bytes, expected {chunk_bytes}"
-                )
-            return
-        try:
-            serde.decode([obj[HEADER_BYTES:]], [payload])
-        except CorruptChunk:
-            raise
-        except PLUGIN_ERRORS as error:
-            # A serde's own surprise on bytes it wrote is a defect of the object as far as a reader can tell.
-            raise CorruptChunk(MissReason.CORRUPT, f"{type(error).__name__} while decoding: {error}") from error
+        self._door.open(key, obj, serde, payload)
 
     def _quarantine(self, key: ChunkKey, error: CorruptChunk) -> MissReason:
         """Never serve this object again, and never look at it again."""
@@ -401,121 +380,60 @@ class StorageTier:
     def forget(self, keys: Sequence[ChunkKey]) -> int:
         """Delete keys from the index and the medium; how many nobody else had deleted or was deleting."""
         with self._lock:
-            if self._index is None:
-                gone = dict.fromkeys((key for key in keys if key not in self._deleting), 0)
-                self._deleting.update(gone)
+            books = self.books
+            if books.index is None:
+                gone = dict.fromkeys((key for key in keys if key not in books.deleting), 0)
+                books.doubt(gone)
             else:
-                gone = self._take_out([key for key in keys if key in self._index])
-        if gone:
+                gone = books.take_out([key for key in keys if key in books.index])
+            again = any(key in books.undeleted for key in keys)
+        if gone or again:
             self._delete(gone)
         return len(gone)
 
     # -- writing ---------------------------------------------------------------------------------------------
-    def _sealed(self, key: ChunkKey, slot: int) -> memoryview:
-        """The slot as a sealed raw object. Two tiers may do this at once: they write the same bytes."""
-        view = self._slots.view(slot, object_bytes(self._slots.chunk_bytes))
-        if not self._slots.sealed[slot]:
-            size = self._slots.chunk_bytes
-            seal.seal(view, key, self._layout_id, seal.RAW_CODEC, size, size, self._slots.created[slot])
-            self._slots.sealed[slot] = 1
-        return view
-
-    def _encode(
-        self,
-        serde: Serde,
-        new: Sequence[int],
-        keys: Sequence[ChunkKey],
-        slots: Sequence[int],
-        outcomes: list[Outcome],
-        epoch: int,
-        chain: Sequence[ChunkKey],
-    ) -> None:
+    def _encode(self, serde: Serde, new: Sequence[int], job: Write) -> None:
         assert self._staging is not None
         if not new:
             return
-        bound = serde.bound()
         buffers = self._staging.take(len(new))
         try:
             for at in range(0, len(new), len(buffers)):
                 some = new[at : at + len(buffers)]
-                bodies = [buffer[HEADER_BYTES : HEADER_BYTES + bound] for buffer in buffers[: len(some)]]
                 try:
-                    chunks = [self._slots.payload(slots[i]) for i in some]
-                    starts = [self._slots.starts[slots[i]] for i in some]
-                    sizes = _all(some, serde.encode(chunks, bodies, starts))
-                    if not all(0 <= size <= bound for size in sizes):
-                        raise BackendError(f"serde {serde.codec}: sizes {sizes} are not within its bound of {bound}")
+                    objects = self._door.encode(serde, [(job.keys[i], job.slots[i]) for i in some], buffers)
                 except PLUGIN_ERRORS as error:
                     self._failed("encode", error)
                     continue
-                views = []
-                for i, buffer, size in zip(some, buffers, sizes, strict=False):
-                    obj = buffer[: object_bytes(size)]
-                    created = self._slots.created[slots[i]]
-                    seal.seal(obj, keys[i], self._layout_id, serde.codec, self._slots.chunk_bytes, size, created)
-                    views.append((i, obj))
-                self._store(views, keys, outcomes, epoch, chain)
+                self._store(list(zip(some, objects, strict=True)), job)
         finally:
             self._staging.give_back(buffers)
 
-    def _store(
-        self,
-        todo: list[tuple[int, memoryview]],
-        keys: Sequence[ChunkKey],
-        outcomes: list[Outcome],
-        epoch: int,
-        chain: Sequence[ChunkKey],
-    ) -> None:
-        """Put objects in parts of at most a quarter of the tier, so that its threads do not take each other's room.
+    def _store(self, todo: list[tuple[int, memoryview]], job: Write) -> None:
+        objects = [(job.keys[i], self.backend.footprint(len(view))) for i, view in todo]
+        with self._lock:
+            parts = self.books.parts(objects)
+        for part in parts:
+            self._put([todo[at] for at in part], job)
 
-        With quotas, the same holds for each tenant's part of it, and a part is one tenant's.
-        """
-        part = quarter = None if self.capacity is None or self._index is None else self.capacity // 4
-        if self.shares is not None:
-            with self._lock:
-                owners = {i: self.shares.of(keys[i]) for i, _ in todo}
-            order = {id(share): n for n, share in enumerate(owners.values())}
-            todo.sort(key=lambda entry: order[id(owners[entry[0]])])
-        at = 0
-        while at < len(todo):
-            need, end = 0, at
-            while end < len(todo):
-                size = self.backend.footprint(len(todo[end][1]))
-                if self.shares is not None:
-                    share = owners[todo[end][0]]
-                    if share is not owners[todo[at][0]]:
-                        break
-                    part = quarter if share.quota is None else share.quota // 4
-                if part is not None and end > at and need + size > part:
-                    break
-                need, end = need + size, end + 1
-            self._put(todo[at:end], keys, outcomes, epoch, chain)
-            at = end
-
-    def _put(
-        self,
-        todo: list[tuple[int, memoryview]],
-        keys: Sequence[ChunkKey],
-        outcomes: list[Outcome],
-        epoch: int,
-        chain: Sequence[ChunkKey],
-    ) -> None:
+    def _put(self, todo: list[tuple[int, memoryview]], job: Write) -> None:
         """Put, evicting as needed; an object enters the index only after the backend said that it is stored."""
+        books = self.books
         for attempt in range(_RETRIES + 1):
             if not todo:
                 return
             sizes = [self.backend.footprint(len(view)) for _, view in todo]
             need = sum(sizes)
             with self._lock:
-                first = keys[todo[0][0]]
-                share = None if self.shares is None else self.shares.of(first)
-                victims = self._make_room(need, attempt, chain, share)
+                first = job.keys[todo[0][0]]
+                share = None if books.shares is None else books.shares.of(first)
+                victims = books.make_room(need, attempt, job.chain, share)
                 if victims is None or (attempt and not victims):
                     break
                 # What is written takes the place of what was evicted for it: those bytes are set aside once.
                 reused = min(need, sum(victims.values()))
                 held = need - reused
-                self._held += held
+                books.held += held
                 if share is not None:
                     share.writing += need
             try:
@@ -523,158 +441,86 @@ class StorageTier:
                     if not self._delete(victims, keep=reused):
                         return
                     held = need
-                todo = self._put_once(todo, sizes, keys, outcomes, epoch)
+                todo = self._put_once(todo, sizes, job)
             finally:
                 with self._lock:
-                    self._held -= held
-                    if self.shares is not None:
-                        self.shares.of(first).writing -= need  # a tenant may have claimed it meanwhile
-            if self._index is None:
+                    books.held -= held
+                    if books.shares is not None:
+                        books.shares.of(first).writing -= need  # a tenant may have claimed it meanwhile
+            if books.index is None:
                 break
-        if todo and self._undeleted:
+        if todo and books.undeleted:
             self._delete({})
         if victims is None and len(todo) > 1:
             # Not all together; perhaps the first of them.
             half = len(todo) // 2
-            self._put(todo[:half], keys, outcomes, epoch, chain)
-            self._put(todo[half:], keys, outcomes, epoch, chain)
+            self._put(todo[:half], job)
+            self._put(todo[half:], job)
             return
         for i, _ in todo:
-            outcomes[i] = MissReason.NO_ROOM
+            job.outcomes[i] = MissReason.NO_ROOM
 
     def _put_once(
-        self,
-        todo: list[tuple[int, memoryview]],
-        sizes: Sequence[int],
-        keys: Sequence[ChunkKey],
-        outcomes: list[Outcome],
-        epoch: int,
+        self, todo: list[tuple[int, memoryview]], sizes: Sequence[int], job: Write
     ) -> list[tuple[int, memoryview]]:
         """One put; returns what found no space."""
-        batch = [keys[i] for i, _ in todo]
+        books = self.books
+        batch = [job.keys[i] for i, _ in todo]
         try:
-            results: Sequence[object] = _all(batch, self.backend.put_from(batch, [view for _, view in todo]))
+            results: Sequence[object] = each(batch, self.backend.put_from(batch, [view for _, view in todo]))
         except NoSpace:
             return todo
         except PLUGIN_ERRORS as error:
             self._failed("put", error)
-            if self._index is not None:
-                self._medium_delete(batch)  # some may be there, outside the books
+            if books.index is not None:
+                self._delete_doubtful(dict(zip(batch, sizes, strict=True)))  # some may be there, outside the books
             return []
         again: list[tuple[int, memoryview]] = []
         stored: list[int] = []
-        doubtful: list[ChunkKey] = []
+        doubtful: dict[ChunkKey, int] = {}
         for at, (entry, result) in enumerate(zip(todo, results, strict=True)):
             if result is None:
                 stored.append(at)
-                outcomes[entry[0]] = None
+                job.outcomes[entry[0]] = None
             elif isinstance(result, NoSpace):
                 again.append(entry)
             else:
                 self._failed("put", result if isinstance(result, Exception) else BackendError(f"put_from: {result!r}"))
-                doubtful.append(batch[at])
-        if doubtful and self._index is not None:
-            self._medium_delete(doubtful)  # stored after all, perhaps, and only the answer was lost
+                doubtful[batch[at]] = sizes[at]
+        if doubtful and books.index is not None:
+            self._delete_doubtful(doubtful)  # stored after all, perhaps, and only the answer was lost
         with self._lock:
-            if epoch == self.epoch:
-                self._enter([batch[at] for at in stored], [sizes[at] for at in stored])
+            if job.epoch == self.epoch:
+                books.enter([batch[at] for at in stored], [sizes[at] for at in stored])
             self.counts["written"] += len(stored)
             self.counts["written_bytes"] += sum(len(todo[at][1]) for at in stored)
         return again
 
-    # -- room ------------------------------------------------------------------------------------------------
-    def _make_room(
-        self, need: int, spare: int, chain: Sequence[ChunkKey], share: Share | None
-    ) -> dict[ChunkKey, int] | None:
-        """Evict until `need` more bytes of `share` fit, at least `spare` keys; None when they never will. Lock held."""
-        if self._index is None:
-            return {}
-        over = 0 if self.capacity is None else self._used + self._held + need - self.capacity
-        if share is None or share.over(need) <= 0:
-            return self._evict(over, spare, chain)
-        own = self._coldest(share.policy, share.over(need), 0, chain, {})
-        if own is None:
-            return None
-        left = self._coldest(self.policy, over - sum(own.values()), spare - len(own), chain, own)
-        return None if left is None else self._evicted([*own, *left])
-
-    def _evict(self, over: int, spare: int, chain: Sequence[ChunkKey]) -> dict[ChunkKey, int] | None:
-        """Take the coldest keys, of `over` bytes or more, out of the index; None when it has not so many. Lock held."""
-        victims = self._coldest(self.policy, over, spare, chain, {})
-        return None if victims is None else self._evicted(list(victims))
-
-    def _coldest(
-        self,
-        policy: EvictionPolicy,
-        over: int,
-        spare: int,
-        chain: Sequence[ChunkKey],
-        beside: dict[ChunkKey, int],
-    ) -> dict[ChunkKey, int] | None:
-        """The coldest keys of `over` bytes or more, at least `spare`, and not those `beside`; None when there are too
-        few. Lock held.
-
-        `chain` stays: a prefix that evicted its own beginning could never be used.
-        """
-        assert self._index is not None
-        if over > self._used:
-            return None
-        victims: dict[ChunkKey, int] = {}
-        freed = 0
-        if over > 0 or spare > 0:
-            own = set(chain)
-            for key in policy.coldest():
-                if key in own or key in beside:
-                    continue
-                victims[key] = self._index[key]
-                freed += victims[key]
-                if freed >= over and len(victims) >= spare:
-                    break
-        return None if freed < over else victims
-
-    def _evicted(self, victims: list[ChunkKey]) -> dict[ChunkKey, int]:
-        self.counts["evicted"] += len(victims)
-        if self.shares is not None:
-            for key in victims:
-                self.shares.of(key).evicted += 1
-        return self._take_out(victims)
-
-    def _take_out(self, keys: Iterable[ChunkKey]) -> dict[ChunkKey, int]:
-        """Take keys out of the index, to be deleted; their bytes stay set aside until they are. Lock held."""
-        assert self._index is not None
-        gone: dict[ChunkKey, int] = {}
-        for key in keys:
-            gone[key] = self._index.pop(key)
-            self.policy.remove(key)
-            if self.shares is not None:
-                self.shares.of(key).used -= gone[key]
-        nbytes = sum(gone.values())
-        self._used -= nbytes
-        self._held += nbytes
-        self._deleting.update(gone)
-        return gone
-
+    # -- deleting --------------------------------------------------------------------------------------------
     def _delete(self, gone: dict[ChunkKey, int], keep: int = 0) -> bool:
         """Delete what was taken out of the index, and what could not be deleted before; whether that is done.
 
         `keep`: bytes of it that stay set aside then, for what takes their place.
         """
+        books = self.books
         with self._lock:
-            gone = {**self._undeleted, **gone}
-            self._undeleted = {}
-        done = self._medium_delete(list(gone))
+            again = {key: nbytes for key, nbytes in books.undeleted.items() if key not in self._writing}
+            for key in again:
+                del books.undeleted[key]
+            gone = {**again, **gone}
+        done = not gone or self._medium_delete(list(gone))
         with self._lock:
-            if done or self._index is None:
-                self._deleted(gone)
-                self._held += keep
+            if done:
+                books.deleted(gone, keep)
             else:
-                self._undeleted.update(gone)
+                books.refused(gone)
         return done
 
-    def _deleted(self, gone: dict[ChunkKey, int]) -> None:
-        self._held -= sum(gone.values())
-        for key in gone:
-            self._deleting.pop(key, None)
+    def _delete_doubtful(self, sizes: dict[ChunkKey, int]) -> None:
+        """Delete what should not be there and may be, by key with its bytes."""
+        with self._lock:
+            self.books.doubt(sizes)
+        self._delete(sizes)
 
     def _medium_delete(self, keys: Sequence[ChunkKey]) -> bool:
         try:
@@ -685,21 +531,11 @@ class StorageTier:
         return True
 
     # -- books -----------------------------------------------------------------------------------------------
-    def _enter(self, keys: Sequence[ChunkKey], sizes: Sequence[int]) -> None:
-        if self._index is not None:
-            for key, nbytes in zip(keys, sizes, strict=True):
-                more = nbytes - self._index.get(key, 0)
-                self._used += more
-                self._index[key] = nbytes
-                if self.shares is not None:
-                    self.shares.of(key).used += more
-            self.policy.add(keys)
-
     def claim(self, prefix: bytes, tenant: str) -> None:
         """Objects of an identity belong to `tenant` from now on; see `Shares.claim`."""
-        if self.shares is not None:
+        if self.books.shares is not None:
             with self._lock:
-                self.shares.claim(prefix, tenant)
+                self.books.shares.claim(prefix, tenant)
 
     def count(self, name: str, by: int = 1) -> None:
         """Add to a counter; several threads count at once."""
@@ -726,7 +562,7 @@ class StorageTier:
             counts = dict(self.counts)
         return {
             **counts,
-            "used_bytes": self._used,
+            "used_bytes": self.used,
             "objects": usage.objects if usage else None,
             "allocated_bytes": usage.allocated_bytes if usage else None,
             "read_paused": self.read_lane.breaker.open or self.ask_breaker.open,
@@ -736,7 +572,8 @@ class StorageTier:
                 "lookup": self.ask_breaker.stats(),
                 "write": self.write_lane.breaker.stats(),
             },
-            **({} if self.shares is None else {"tenants": self.shares.stats()}),
+            **({} if self.books.shares is None else {"tenants": self.books.shares.stats()}),
+            "undeleted": len(self.books.undeleted),
             "read_speed": self.speed.stats(),
             "wiping": self._wiping,
             "last_error": self.last_error,
@@ -748,28 +585,4 @@ class StorageTier:
             assert not lane.defects, f"{lane.defects} jobs of lane {lane.name} raised"
         with self._lock:
             assert not self._writing, f"tier {self.name}: {len(self._writing)} keys are still being written"
-            undeleted = sum(self._undeleted.values())
-            assert self._held == undeleted, f"tier {self.name}: {self._held} bytes set aside, {undeleted} to be deleted"
-            assert self._deleting == self._undeleted, f"tier {self.name}: deletions without an end"
-            if self._index is None:
-                return
-            total = sum(self._index.values())
-            assert self._used == total, f"tier {self.name}: {self._used} bytes in the books, {total} in the index"
-            for share in self.shares or ():
-                held = sum(self._index.get(key, 0) for key in share.policy.coldest())
-                assert share.used == held and not share.writing, f"tier {self.name}: a tenant's books do not add up"
-            assert set(self.policy.coldest()) == self._index.keys(), f"tier {self.name}: policy and index disagree"
-            if self.capacity is not None:
-                assert total <= self.capacity, f"tier {self.name}: {total} bytes over its capacity {self.capacity}"
-
-
-def _all(keys: Sequence[object], results: Sequence[_T]) -> Sequence[_T]:
-    """The results, if there is one for each key: anything else would attach outcomes to the wrong chunks."""
-    if len(results) != len(keys):
-        raise BackendError(f"{len(results)} results for {len(keys)} keys: a plugin returns exactly one for each")
-    return results
-
-
-def staging_buffer_bytes(serde: Serde) -> int:
-    """Room for one sealed, encoded object, page aligned."""
-    return round_up(HEADER_BYTES + serde.bound())
+            self.books.check(self.name)

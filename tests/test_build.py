@@ -20,6 +20,7 @@ from lmcache_backends.cpu import CpuConfig
 from lmcache_backends.gds import GdsConfig
 from lmcache_core.build import STAGING_PER_THREAD, build
 from lmcache_core.config import LaneConfig, PipelineConfig, TierConfig
+from lmcache_core.doorway import staging_buffer_bytes
 from lmcache_core.errors import BackendUnavailable, ConfigError, PluginError, UnknownPlugin, Unsupported
 from lmcache_core.hookspecs import hookimpl
 from lmcache_core.layout import KVLayout
@@ -39,7 +40,6 @@ from lmcache_core.protocols import (
 )
 from lmcache_core.testing.invariants import settle
 from lmcache_core.testing.memory import DictBackend, DictConfig
-from lmcache_core.tier import staging_buffer_bytes
 from lmcache_serde.raw import RawConfig
 from lmcache_serde.zstd import ZstdConfig
 

@@ -117,7 +117,7 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> Non
     entries.read_string(archive.read(f"{info}/entry_points.txt").decode())
     # The names of the other project's commands are not ours to take.
     assert dict(entries["console_scripts"]) == {"lmcachectl": "lmcache_core.cli:main"}
-    assert set(entries["lmcache.backends"]) == {"cpu", "fsspec", "gds", "redis"}
+    assert set(entries["lmcache.backends"]) == {"cpu", "fsspec", "gds", "gpu", "redis"}
     assert set(entries["lmcache.serdes"]) == {"cachegen", "raw", "zstd"}
     assert set(entries["lmcache.evictions"]) == {"lru"}
 
@@ -145,7 +145,8 @@ ROWS = (
     {"protocols", "identity", "seal", "copies"},
     {"tenancy", "gpu"},
     {"hookspecs", "keys", "slots", "lanes", "plan", "cost", "aio"},
-    {"plugins", "eviction", "tier", "handles"},
+    {"plugins", "eviction", "books", "doorway", "mirror", "handles"},
+    {"tier"},
     {"writedown", "ladder"},
     {"config", "pipeline", "isolation"},
     {"build"},
@@ -172,7 +173,20 @@ PUBLIC = {
     "_native",
 }
 """What backends and serdes are built on: ours use what anybody's may use."""
-ENGINE_ROOM = {"slots", "lanes", "plan", "cost", "tenancy", "tier", "handles", "writedown", "pipeline"}
+ENGINE_ROOM = {
+    "slots",
+    "lanes",
+    "plan",
+    "cost",
+    "tenancy",
+    "books",
+    "doorway",
+    "mirror",
+    "tier",
+    "handles",
+    "writedown",
+    "pipeline",
+}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy"}
 FORBIDDEN_CALLS = {
     "eval",

@@ -618,7 +618,7 @@ def test_stats_are_plain_and_complete(pipelines: BuildPipeline) -> None:
     assert stats["stored"] == 3 and stats["hits"] == {"dram": 3, "store": 0}
     assert stats["tiers"]["dram"] == {
         "slots": 4, "slot_bytes": 8192, "ready": 3, "free": 1, "dirty": 0, "evicted": 0, "pinned": 0,
-        "eviction_trouble": "",
+        "eviction_trouble": "", "remark": "not pinned: `pin` is false",
     }  # fmt: skip
     store_stats = stats["tiers"]["store"]
     assert (store_stats["used_bytes"], store_stats["objects"], store_stats["written"]) == (2 * OBJECT, 2, 2)

@@ -10,14 +10,16 @@ import pytest
 from chunks import OBJECT, chunk, keys
 
 from lmcache_core import seal
+from lmcache_core.doorway import Staging
 from lmcache_core.errors import BackendError, CorruptChunk, NoSpace
 from lmcache_core.eviction.lru import Lru
+from lmcache_core.lanes import Breaker
 from lmcache_core.layout import KVLayout
 from lmcache_core.protocols import Region, Serde, StorageBackend
 from lmcache_core.slots import Slots
 from lmcache_core.testing.faults import FaultyBackend, Rates
 from lmcache_core.testing.memory import DictBackend, aligned
-from lmcache_core.tier import Staging, StorageTier
+from lmcache_core.tier import StorageTier
 from lmcache_core.types import PAGE, ChunkKey, MissReason, Usage
 
 pytestmark = pytest.mark.timeout(60)
@@ -266,6 +268,134 @@ def test_a_chunk_being_deleted_is_not_written_meanwhile(make: Callable[..., Stor
     assert tier.forget(keys(1)) == 1
     assert outcomes == [MissReason.RACED]
     assert tier.present(keys(2)) == [False, True] and set(medium.objects) == set(keys(2)[1:])
+
+
+def swept(tier: StorageTier) -> None:
+    """Let the tier do in the background what an engine's next call would let it do."""
+    tier.sweep()
+    assert tier.drain(10)
+
+
+def test_what_could_not_be_deleted_is_tried_again_without_an_eviction(make: Callable[..., StorageTier]) -> None:
+    """Nothing else is ever deleted from a tier that is not full: its chunk must be storable again all the same."""
+    medium = Medium()
+    tier = make(medium)
+    put(tier, keys(2))
+    flip(medium.objects, keys(1)[0], 5000)
+    medium.fail_delete = True
+    assert get(tier, keys(1)) == [MissReason.CORRUPT]
+    swept(tier)
+    assert put(tier, keys(1)) == [MissReason.RACED] and tier.owes(keys(2)) and tier.stats()["undeleted"] == 1
+    medium.fail_delete = False
+    swept(tier)
+    assert not tier.owes(keys(2)) and set(medium.objects) == {keys(2)[1]}
+    assert put(tier, keys(1)) == [None] and get(tier, keys(2)) == [None, None]
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_put_whose_answer_and_deletion_were_lost_leaves_nothing_outside_the_books(
+    make: Callable[..., StorageTier], raises: bool
+) -> None:
+    class Mute(Medium):
+        mute = True
+
+        def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Exception | None]:
+            results = super().put_from(keys, buffers)
+            if not self.mute:
+                return results
+            if raises:
+                raise OSError(5, "no answer")
+            return [OSError(5, "no answer")] * len(keys)
+
+    medium = Mute()
+    tier = make(medium, capacity=4 * OBJECT)
+    medium.fail_delete = True
+    assert put(tier, keys(3)) == [MissReason.ERROR] * 3
+    medium.mute = False
+    assert put(tier, keys(3, 10)) == [None] + [MissReason.NO_ROOM] * 2, "their bytes are not given to others"
+    assert medium.peak == 4 * OBJECT
+    medium.fail_delete = False
+    swept(tier)
+    assert set(medium.objects) == set(keys(1, 10)) and put(tier, keys(3)) == [None] * 3
+
+
+def test_without_an_index_an_answer_that_was_lost_leaves_a_chunk_that_is_served(
+    make: Callable[..., StorageTier],
+) -> None:
+    class Mute(Medium):
+        def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Exception | None]:
+            super().put_from(keys, buffers)
+            raise OSError(5, "no answer")
+
+    tier = make(Mute(scannable=False, local=True))
+    assert put(tier, keys(2)) == [MissReason.ERROR] * 2
+    assert tier.present(keys(3)) == [True, True, False] and get(tier, keys(2)) == [None, None]
+
+
+def test_without_an_index_a_damaged_object_that_cannot_be_deleted_counts_as_absent(
+    make: Callable[..., StorageTier],
+) -> None:
+    medium = Medium(scannable=False, local=True)
+    tier = make(medium)
+    put(tier, keys(2))
+    flip(medium.objects, keys(1)[0], 5000)
+    medium.fail_delete = True
+    assert get(tier, keys(1)) == [MissReason.CORRUPT]
+    assert tier.present(keys(2)) == [False, True], "it is not looked at again"
+    assert put(tier, keys(1)) == [None], "a put replaces it"
+    medium.fail_delete = False
+    swept(tier)
+    assert tier.present(keys(2)) == [True, True] and get(tier, keys(2)) == [None, None]
+    flip(medium.objects, keys(1)[0], 5000)
+    medium.fail_delete = True
+    assert get(tier, keys(1)) == [MissReason.CORRUPT]
+    medium.fail_delete = False
+    swept(tier)
+    assert set(medium.objects) == {keys(2)[1]}
+
+
+def test_what_a_clear_could_not_delete_is_not_served(make: Callable[..., StorageTier]) -> None:
+    medium = Medium(scannable=False, local=True)
+    tier = make(medium)
+
+    def clear(_: Sequence[ChunkKey]) -> None:
+        tier.begin_wipe()
+        tier.wipe()
+        medium.fail_delete = True
+
+    medium.before_put = clear
+    put(tier, keys(2))
+    assert set(medium.objects) == set(keys(2)), "it came after the medium was cleared"
+    assert tier.present(keys(2)) == [False, False]
+    medium.fail_delete = False
+    swept(tier)
+    assert not medium.objects
+
+
+def test_what_is_remembered_of_deletions_is_bounded(
+    make: Callable[..., StorageTier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache_core.books.MOST_TOMBSTONES", 3)
+    medium = Medium(scannable=False, local=True)
+    tier = make(medium)
+    put(tier, keys(8))
+    medium.fail_delete = True
+    tier.forget(keys(8))
+    assert tier.present(keys(8)) == [True] * 5 + [False] * 3
+    tier.books.check("store")
+
+
+def test_deletions_that_keep_failing_are_tried_less_and_less(make: Callable[..., StorageTier]) -> None:
+    medium = Medium()
+    tier = make(medium)
+    put(tier, keys(1))
+    medium.fail_delete = True
+    tier.forget(keys(1))
+    for _ in range(50):
+        swept(tier)
+    assert tier.counts["delete_errors"] == 1 + Breaker.ERRORS_IN_A_ROW
+    assert not tier.write_lane.breaker.open, "what can be written is still written"
+    assert put(tier, keys(1, 5)) == [None]
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
@@ -540,12 +670,12 @@ def test_errors_of_usage_and_close_are_counted(make: Callable[..., StorageTier])
 
 def test_check_finds_books_that_do_not_add_up(layout: KVLayout) -> None:
     for message, damage in {
-        "bytes in the books": lambda t: setattr(t, "_used", t._used + 1),
+        "bytes in the books": lambda t: setattr(t.books, "used", t.used + 1),
         "policy and index disagree": lambda t: t.policy.remove(keys(1)[0]),
-        "set aside": lambda t: setattr(t, "_held", 1),
-        "over its capacity": lambda t: setattr(t, "capacity", 1),
+        "set aside": lambda t: setattr(t.books, "held", 1),
+        "over its capacity": lambda t: setattr(t.books, "capacity", 1),
         "still being written": lambda t: t._writing.add(keys(1)[0]),
-        "without an end": lambda t: t._deleting.update({keys(1)[0]: 0}),
+        "without an end": lambda t: t.books.deleting.update({keys(1)[0]: 0}),
         "raised": lambda t: setattr(t.read_lane, "defects", 1),
     }.items():
         tier = StorageTier(

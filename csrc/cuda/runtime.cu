@@ -70,6 +70,30 @@ int64_t lmc_cuda_multiprocessors(int32_t device) {
     return count;
 }
 
+int64_t lmc_cuda_bus_id(int32_t device, char *out, int32_t room) {
+    return failed(cudaDeviceGetPCIBusId(out, room, device));
+}
+
+int64_t lmc_cuda_memory(int32_t device, int64_t *free_bytes, int64_t *total_bytes) {
+    const OnDevice on(device);
+    if (on.error) return on.error;
+    size_t left = 0, total = 0;
+    LMC_TRY(cudaMemGetInfo(&left, &total));
+    *free_bytes = static_cast<int64_t>(left);
+    *total_bytes = static_cast<int64_t>(total);
+    return 0;
+}
+int64_t lmc_cuda_allocate(int32_t device, int64_t bytes, uint64_t *out) {
+    const OnDevice on(device);
+    if (on.error) return on.error;
+    return bytes > 0 ? failed(cudaMalloc(reinterpret_cast<void **>(out), static_cast<size_t>(bytes))) : -EINVAL;
+}
+int64_t lmc_cuda_free(int32_t device, int64_t address) {
+    const OnDevice on(device);
+    if (on.error) return on.error;
+    return failed(cudaFree(reinterpret_cast<void *>(address)));
+}
+
 int64_t lmc_cuda_stream_create(int32_t device, uint64_t *out) {
     const OnDevice on(device);
     if (on.error) return on.error;

@@ -1,6 +1,7 @@
 // Blobs -> chunks. Nothing read from a blob is trusted: every length is checked before use, the number of steps follows
 // from the shape alone, and words are read from memory that is long enough for any stream of that many steps.
 #include "codec.h"
+#include "codec_transform.h"
 
 namespace lmc::codec {
 namespace {
@@ -10,6 +11,8 @@ struct Blob {
     const uint8_t *data;
     int64_t length;
     int n_raw, tile_tokens;
+    bool turned;
+    int64_t first;  // of the rows
 };
 
 uint32_t read32(const uint8_t *p) {
@@ -26,20 +29,30 @@ bool zeros(const uint8_t *p, int64_t count) {
 
 int32_t open_blob(const Kernels &kernel, Blob *blob) {
     const lmc_codec &codec = blob->codec;
-    const int64_t rows = static_cast<int64_t>(codec.layers) * codec.planes, first = rows_at(codec);
-    if (blob->length < first + 16 * rows) return LMC_CODEC_HEADER;
+    const int64_t rows = static_cast<int64_t>(codec.layers) * codec.planes;
+    if (blob->length < rows_at(codec) + 16 * rows) return LMC_CODEC_HEADER;
     Header head;
     memcpy(&head, blob->data, sizeof head);
+    blob->turned = codec.profile && head.transform == 1;
+    blob->first = rows_at(codec) + (blob->turned ? LMC_CODEC_AUX : 0);
+    const int64_t first = blob->first;
     if (head.magic != MAGIC || head.version != 1 || head.dtype != codec.dtype || head.planes != codec.planes ||
         head.layers != codec.layers || head.tokens != codec.tokens ||
-        head.channels != static_cast<uint32_t>(codec.channels) || head.transform || head.total != blob->length ||
-        head.tables != models.id || head.profile || head.aux) {
+        head.channels != static_cast<uint32_t>(codec.channels) || head.transform != blob->turned ||
+        head.total != blob->length || head.tables != models.id || blob->length < first + 16 * rows ||
+        head.profile != (blob->turned ? codec.profile->number : 0) || head.aux != (blob->turned ? LMC_CODEC_AUX : 0)) {
         return LMC_CODEC_HEADER;
     }
     if (head.check != check_of(kernel, blob->data, 56, blob->data + 64, first - 64)) return LMC_CODEC_CHECK;
     if (head.reserved[0] || head.reserved[1] || head.reserved[2] || !head.tile_tokens || head.tile_tokens > MAX_TOKENS ||
-        head.n_raw > MAX_RAW || head.n_raw > codec.tokens || !zeros(blob->data + 64 + 4 * rows, first - 64 - 4 * rows)) {
+        head.n_raw > MAX_RAW || head.n_raw > codec.tokens || !zeros(blob->data + 64 + 4 * rows, rows_at(codec) - 64 - 4 * rows)) {
         return LMC_CODEC_HEADER;
+    }
+    if (blob->turned) {
+        int64_t start;
+        memcpy(&start, blob->data + rows_at(codec), sizeof start);
+        if (start < 0 || start > MOST_START || !zeros(blob->data + rows_at(codec) + 8, 8)) return LMC_CODEC_HEADER;
+        find_angles(codec, start);
     }
     blob->n_raw = head.n_raw;
     blob->tile_tokens = head.tile_tokens;
@@ -95,12 +108,16 @@ int32_t decode_row(const Kernels &kernel, const Blob &blob, int number, const ui
     if (mode == LMC_ROW_PER_TOKEN && !zeros(row + at.side + at.coded, at.record - at.side - at.coded)) return LMC_CODEC_ROW;
     memcpy(out, row + 16, static_cast<size_t>(raw));
     out += raw;
+    // Components are restored as numbers of steps, in floats.
+    const bool turned = blob.turned && quantised, converted = quantised && codec.dtype >= LMC_E4M3;
+    const int value_type = converted ? LMC_BF16 : turned ? LMC_F32 : codec.dtype, item = ITEM_BYTES[value_type];
+    float steps[MAX_TOKENS];
     for (int t = 0; t < at.coded; ++t) {
-        scratch.token_scale[t] = mode == LMC_ROW_PER_TOKEN ? step_of(row[at.side + t], head.base) : 1.0f;
+        steps[t] = step_of(mode == LMC_ROW_PER_TOKEN ? row[at.side + t] : head.code, quantised ? head.base : 0);
+        scratch.token_scale[t] = mode == LMC_ROW_PER_TOKEN && !turned ? steps[t] : 1.0f;
     }
-    const float scale = mode == LMC_ROW_ANCHORED ? step_of(head.code, head.base) : 1.0f;
-    const bool converted = quantised && codec.dtype >= LMC_E4M3;
-    const int value_type = converted ? LMC_BF16 : codec.dtype, item = converted ? 2 : ITEM_BYTES[codec.dtype];
+    const float scale = mode == LMC_ROW_ANCHORED && !turned ? steps[0] : 1.0f;
+    auto *const components = turned ? reinterpret_cast<uint8_t *>(Room(codec).components) : nullptr;
     const uint32_t *table = mode == LMC_ROW_LOSSLESS ? models.decode_lossless[0] : models.decode[0];
 
     int64_t begin = at.tiles;
@@ -142,7 +159,7 @@ int32_t decode_row(const Kernels &kernel, const Blob &blob, int number, const ui
             if (outside) return LMC_CODEC_TILE;
             begin = end;
         }
-        const bool fused = kernel.decode_bf16 && codec.dtype == LMC_BF16 && GROUP * (group + flight) <= codec.channels;
+        const bool fused = kernel.decode_bf16 && !turned && codec.dtype == LMC_BF16 && GROUP * (group + flight) <= codec.channels;
         if (fused) {
             uint16_t *outs[FLIGHT];
             for (int i = 0; i < flight; ++i) {
@@ -155,10 +172,11 @@ int32_t decode_row(const Kernels &kernel, const Blob &blob, int number, const ui
             const int block = tokens - t < BLOCK ? tokens - t : BLOCK;
             kernel.decode(scratch.decode, flight, block, table);
             for (int i = 0; i < flight; ++i) {
-                const bool staged = converted || GROUP * (group + i + 1) > codec.channels;
-                const int64_t stride = staged ? GROUP : codec.channels;
-                const int64_t skip = staged ? int64_t{t} * GROUP : static_cast<int64_t>(first + t) * stride + GROUP * (group + i);
-                uint8_t *to = (staged ? reinterpret_cast<uint8_t *>(scratch.stage[i]) : out) + skip * item;
+                const bool staged = !turned && (converted || GROUP * (group + i + 1) > codec.channels);
+                const int64_t stride = staged ? GROUP : turned ? int64_t{GROUP} * at.groups : codec.channels;
+                const int64_t token = turned ? t : first + t;
+                const int64_t skip = staged ? int64_t{t} * GROUP : token * stride + GROUP * (group + i);
+                uint8_t *to = (staged ? reinterpret_cast<uint8_t *>(scratch.stage[i]) : turned ? components : out) + skip * item;
                 if (quantised) {
                     kernel.values[value_type].restore[mode == LMC_ROW_ANCHORED](scratch.decode[i].symbols, block,
                                                       scratch.token_scale + first + t, &scratch.channels[i], to, stride);
@@ -176,10 +194,14 @@ int32_t decode_row(const Kernels &kernel, const Blob &blob, int number, const ui
             if (wrong || left < 0 || left >= 8 || !zeros(reinterpret_cast<const uint8_t *>(done.words), 2 * left)) {
                 return LMC_CODEC_TILE;
             }
-            if (converted || GROUP * (group + i + 1) > codec.channels) {
+            if (!turned && (converted || GROUP * (group + i + 1) > codec.channels)) {
                 unstage(codec, converted, scratch.stage[i], tokens, group + i,
                         out + static_cast<int64_t>(first) * codec.channels * ITEM_BYTES[codec.dtype]);
             }
+        }
+        if (turned && group + flight == at.groups) {
+            from_components(codec, number, blob.n_raw + first, tokens, steps + first,
+                            out + static_cast<int64_t>(first) * codec.channels * ITEM_BYTES[codec.dtype]);
         }
     }
     return begin == length ? 0 : LMC_CODEC_ROW;
@@ -192,7 +214,7 @@ extern "C" int32_t lmc_codec_decode(const lmc_codec *codec, const int64_t *blobs
                                     const int64_t *outs, int64_t count, int32_t first_layer, int32_t layers, void *memory,
                                     int32_t *status) {
     using namespace lmc::codec;
-    if (lmc_codec_bound(codec) < 0 || first_layer < 0 || layers < 0 || first_layer > codec->layers - layers) {
+    if (lmc_codec_bound(codec) < 0 || (codec->profile && !profile_fits(*codec)) || first_layer < 0 || layers < 0 || first_layer > codec->layers - layers) {
         return LMC_CODEC_ARGUMENT;
     }
     const PlainFloats plain;
@@ -200,11 +222,11 @@ extern "C" int32_t lmc_codec_decode(const lmc_codec *codec, const int64_t *blobs
     auto &scratch = *reinterpret_cast<Scratch *>((reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t{63});
     int32_t worst = 0;
     for (int64_t i = 0; i < count; ++i) {
-        Blob blob{*codec, reinterpret_cast<const uint8_t *>(blobs[i]), lengths[i], 0, 0};
+        Blob blob{*codec, reinterpret_cast<const uint8_t *>(blobs[i]), lengths[i], 0, 0, false, 0};
         int32_t result = open_blob(kernel, &blob);
         for (int32_t k = 0; !result && k < layers * codec->planes; ++k) {
             const int64_t number = static_cast<int64_t>(first_layer) * codec->planes + k;
-            const int64_t begin = number ? read32(blob.data + 60 + 4 * number) : rows_at(*codec);
+            const int64_t begin = number ? read32(blob.data + 60 + 4 * number) : blob.first;
             const int64_t end = read32(blob.data + 64 + 4 * number);
             result = decode_row(kernel, blob, static_cast<int>(number), blob.data + begin, end - begin,
                                 reinterpret_cast<uint8_t *>(outs[i]) + k * row_bytes(*codec), scratch);

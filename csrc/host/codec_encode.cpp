@@ -2,6 +2,7 @@
 // anchor, shift and table), then tile after tile values to symbols to words. A row that does not fit the space of its
 // raw form, or that cannot be quantised within its bound, is stored raw.
 #include "codec.h"
+#include "codec_transform.h"
 
 namespace lmc::codec {
 namespace {
@@ -49,10 +50,11 @@ struct Row {
     const uint8_t *data;
     int value_type;
     bool converted;  // fp8 is quantised as bfloat16
+    int most;        // largest number of steps
 
-    Row(const Kernels &kernel_, const lmc_codec &codec_, Scratch &scratch_, const uint8_t *data_)
+    Row(const Kernels &kernel_, const lmc_codec &codec_, Scratch &scratch_, const uint8_t *data_, int most_ = 32767)
         : kernel(kernel_), codec(codec_), scratch(scratch_), data(data_),
-          value_type(codec_.dtype >= LMC_E4M3 ? LMC_BF16 : codec_.dtype), converted(codec_.dtype >= LMC_E4M3) {}
+          value_type(codec_.dtype >= LMC_E4M3 ? LMC_BF16 : codec_.dtype), converted(codec_.dtype >= LMC_E4M3), most(most_) {}
 
     const uint8_t *token(int t) const {
         return data + static_cast<int64_t>(t) * codec.channels * ITEM_BYTES[codec.dtype];
@@ -146,7 +148,7 @@ bool measure_lossy(const Row &row, const Sections &at, int n_raw, int mode, int 
             int16_t anchor = 0;
             record[channel] = 0;
             if (channel < codec.channels) {
-                if (found.low[c] < -32767 || found.high[c] > 32767) return false;
+                if (found.low[c] < -row.most || found.high[c] > row.most) return false;
                 int64_t a = 0, moment = n * found.q2[c];
                 if (mode == LMC_ROW_ANCHORED) {
                     const int64_t twice = 2 * found.q1[c] + n;
@@ -209,11 +211,12 @@ void measure_lossless(const Row &row, const Sections &at, int n_raw, uint8_t *ou
     }
 }
 
-// A coded row's bytes, or STAY_RAW. `room` is the size of the raw form.
-int64_t encode_row(const Row &row, int n_raw, int mode, int offset, uint8_t *out, int64_t room, RowHeader *head) {
+// A coded row's bytes, or STAY_RAW. `plain`: the row's elements, where `row` is of components. `room` is the size of the
+// raw form.
+int64_t encode_row(const Row &row, const Row &plain, int n_raw, int mode, int offset, uint8_t *out, int64_t room, RowHeader *head) {
     const lmc_codec &codec = row.codec;
     Scratch &scratch = row.scratch;
-    const Sections at(codec, n_raw, codec.tile_tokens, mode);
+    const Sections at(plain.codec, n_raw, codec.tile_tokens, mode);
     if (!at.coded || at.tiles > room) return STAY_RAW;
     const bool lossless = mode == LMC_ROW_LOSSLESS;
     if (lossless) {
@@ -221,8 +224,8 @@ int64_t encode_row(const Row &row, int n_raw, int mode, int offset, uint8_t *out
     } else if (!measure_lossy(row, at, n_raw, mode, offset, out, head)) {
         return STAY_RAW;
     }
-    const int64_t raw = row.token(n_raw) - row.token(0);
-    memcpy(out + 16, row.data, static_cast<size_t>(raw));
+    const int64_t raw = plain.token(n_raw) - plain.token(0);
+    memcpy(out + 16, plain.data, static_cast<size_t>(raw));
     memset(out + 16 + raw, 0, static_cast<size_t>(at.side - 16 - raw));
     const float scale = mode == LMC_ROW_ANCHORED ? inverse_of(head->code, head->base) : 1.0f;
     const float *token_scale = mode == LMC_ROW_ANCHORED ? scratch.ones : scratch.token_scale;
@@ -316,24 +319,39 @@ bool valid(const lmc_codec &codec) {
     for (int row = 0; row < codec.layers * codec.planes; ++row) {
         if (codec.modes[row] > LMC_ROW_LOSSLESS || codec.offsets[row] < -160 || codec.offsets[row] > 32) return false;
     }
-    return true;
+    return !codec.profile || profile_fits(codec);
 }
 
-int64_t encode_chunk(const Kernels &kernel, const lmc_codec &codec, const uint8_t *chunk, uint8_t *out, Scratch &scratch,
-                     int32_t *raw_rows) {
+// start: the first token's position, or -1 for no transform.
+int64_t encode_chunk(const Kernels &kernel, const lmc_codec &codec, const uint8_t *chunk, int64_t start, uint8_t *out,
+                     Scratch &scratch, int32_t *raw_rows) {
     const int64_t plain = row_bytes(codec);
     const int rows = codec.layers * codec.planes;
     int n_raw = codec.n_raw < 0 ? sink_tokens(kernel, codec, chunk, scratch) : codec.n_raw;
     if (n_raw > codec.tokens) n_raw = codec.tokens;
-    int64_t end = rows_at(codec);
+    const bool turned = start >= 0;
+    const int64_t first = rows_at(codec) + (turned ? LMC_CODEC_AUX : 0);
+    int64_t end = first;
     memset(out, 0, static_cast<size_t>(end));
     *raw_rows = 0;
+    lmc_codec inner = codec;  // of components
+    inner.dtype = LMC_F32;
+    const uint8_t *components = nullptr;
+    if (turned) {
+        memcpy(out + rows_at(codec), &start, sizeof start);
+        find_angles(codec, start);
+        components = reinterpret_cast<const uint8_t *>(Room(codec).components);
+    }
     for (int number = 0; number < rows; ++number) {
         uint8_t *to = out + end;
         const Row row(kernel, codec, scratch, chunk + number * plain);
         RowHeader head{0, static_cast<uint16_t>(number), codec.modes[number], 0, 0, 0};
         int64_t size = STAY_RAW;
-        if (head.mode) size = encode_row(row, n_raw, head.mode, codec.offsets[number], to, 16 + align16(plain), &head);
+        const bool inside = turned && (head.mode == LMC_ROW_ANCHORED || head.mode == LMC_ROW_PER_TOKEN);
+        if (head.mode && (!inside || to_components(codec, number, n_raw, codec.tokens - n_raw, row.token(n_raw)))) {
+            const Row values = inside ? Row(kernel, inner, scratch, components, MOST_COMPONENT) : row;
+            size = encode_row(values, row, n_raw, head.mode, codec.offsets[number], to, 16 + align16(plain), &head);
+        }
         if (size == STAY_RAW) {
             *raw_rows += head.mode != LMC_ROW_RAW;
             head = {0, static_cast<uint16_t>(number), LMC_ROW_RAW, 0, 0, 0};
@@ -361,8 +379,13 @@ int64_t encode_chunk(const Kernels &kernel, const lmc_codec &codec, const uint8_
     head.n_raw = static_cast<uint8_t>(n_raw);
     head.total = static_cast<uint32_t>(end);
     head.tables = models.id;
+    if (turned) {
+        head.transform = 1;
+        head.profile = codec.profile->number;
+        head.aux = LMC_CODEC_AUX;
+    }
     memcpy(out, &head, sizeof head);
-    head.check = check_of(kernel, out, 56, out + 64, rows_at(codec) - 64);
+    head.check = check_of(kernel, out, 56, out + 64, first - 64);
     memcpy(out, &head, sizeof head);
     return end;
 }
@@ -379,7 +402,8 @@ extern "C" int32_t lmc_codec_encode(const lmc_codec *codec, const int64_t *chunk
     auto &scratch = *reinterpret_cast<Scratch *>((reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t{63});
     for (float &one : scratch.ones) one = 1.0f;
     for (int64_t i = 0; i < count; ++i) {
-        sizes[i] = encode_chunk(kernel, *codec, reinterpret_cast<const uint8_t *>(chunks[i]),
+        const int64_t start = codec->profile && codec->starts[i] <= MOST_START ? codec->starts[i] : -1;
+        sizes[i] = encode_chunk(kernel, *codec, reinterpret_cast<const uint8_t *>(chunks[i]), start,
                                 reinterpret_cast<uint8_t *>(outs[i]), scratch, raw_rows + i);
     }
     return 0;

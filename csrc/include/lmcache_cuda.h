@@ -21,6 +21,13 @@ LMC_API const char *lmc_cuda_error(int64_t result);
 LMC_API int64_t lmc_cuda_device_count(void);
 /* Multiprocessors of a device. */
 LMC_API int64_t lmc_cuda_multiprocessors(int32_t device);
+/* PCI bus id of a device ("0000:3b:00.0", NUL terminated), into `room` bytes: how the kernel names it. */
+LMC_API int64_t lmc_cuda_bus_id(int32_t device, char *out, int32_t room);
+
+/* Device memory: bytes free and in all; an allocation of its own, which nothing grows; and its end. */
+LMC_API int64_t lmc_cuda_memory(int32_t device, int64_t *free_bytes, int64_t *total_bytes);
+LMC_API int64_t lmc_cuda_allocate(int32_t device, int64_t bytes, uint64_t *out);
+LMC_API int64_t lmc_cuda_free(int32_t device, int64_t address);
 
 /* Streams and events, as 64-bit handles: those of any CUDA library in the process will do as well. Creating returns
  * the handle through `out`. lmc_cuda_query: 1 once the event has fired, 0 before. */

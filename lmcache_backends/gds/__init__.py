@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from lmcache_backends.gds.backend import DiskBackend, FileBackend, SegmentBackend
+from lmcache_backends.gds.cufile import CufileMover
 from lmcache_backends.gds.files import FileVolume, file_footprint, least_capacity
 from lmcache_backends.gds.folder import Folder, Io
 from lmcache_backends.gds.geometry import Geometry, TooSmall
+from lmcache_backends.gds.mover import Movement, Mover, MoverError, Wanted
+from lmcache_backends.gds.nixl import NixlMover
 from lmcache_backends.gds.segments import SegmentVolume
-from lmcache_core.errors import ConfigError, Problem
+from lmcache_core.errors import BackendUnavailable, ConfigError, Problem
 from lmcache_core.hookspecs import hookimpl
 from lmcache_core.isolation import storage as isolation
 from lmcache_core.isolation.mounts import network_file_system
@@ -22,6 +26,7 @@ from lmcache_core.protocols import BackendConfig, BuildContext
 from lmcache_core.units import ByteSize, Percent, Size
 
 DEFAULT_INODES = 1_000_000
+_MOVERS: dict[Wanted, Callable[[], Mover]] = {"auto": CufileMover, "cufile": CufileMover, "nixl": NixlMover}
 
 
 def _absolute(path: Path) -> Path:
@@ -41,6 +46,10 @@ class GdsConfig(BackendConfig):
     """`direct` bypasses the page cache, `buffered` does not, `auto` is direct where the file system allows it."""
     free_floor: Size = Percent(5)
     """Space to leave free on the file system: the tier does not grow below it."""
+    mover: Wanted = "auto"
+    """What moves the bytes in mode `segments`: `host` (system calls), `cufile` (GPUDirect Storage) or `nixl` (plugins POSIX
+    and GDS). What a library cannot move, the host path does, and the reason is counted. `auto`: `host` for host memory,
+    where all slots are, and `cufile` for device memory of whoever registers some."""
     segment_bytes: ByteSize | None = None
     """Size of one segment file; by default a 64th of the capacity, within reason."""
     inodes: Annotated[int, Field(ge=64)] | None = None
@@ -55,15 +64,25 @@ class GdsConfig(BackendConfig):
             raise ValueError("segment_bytes has no meaning in mode `files`; remove it, or use mode `segments`")
         if self.mode == "segments" and self.inodes is not None:
             raise ValueError("inodes has no meaning in mode `segments`; remove it, or use mode `files`")
+        if self._library and self.mode == "files":
+            raise ValueError(f"mover `{self.mover}` is for files that stay open; remove it, or use mode `segments`")
+        if self._library and self.isolate == "always":
+            raise ValueError(f"mover `{self.mover}` needs the engine's own memory; remove it, or do not isolate")
         return self
 
     def local_directory(self) -> Path | None:
         return self.path
 
     @property
+    def _library(self) -> bool:
+        return self.mover in ("cufile", "nixl")
+
+    @property
     def isolated(self) -> bool:
         """Whether the I/O runs in a process of its own."""
-        return self.isolate == "always" or (self.isolate == "auto" and network_file_system(self.path) is not None)
+        if self.isolate == "auto":
+            return not self._library and network_file_system(self.path) is not None
+        return self.isolate == "always"
 
     def memory_bytes(self, context: BuildContext) -> int:
         return isolation.memory_bytes(context) if self.isolated else 0
@@ -97,10 +116,19 @@ class GdsConfig(BackendConfig):
         except TooSmall as error:
             raise _too_small(context, error) from error
 
-        def open_segments(device: int | None) -> SegmentVolume:
-            return SegmentVolume(Folder(self.path, device), geometry, self.io, self.free_floor)
+        try:
+            movement = Movement(self.mover, _MOVERS.get(self.mover))
+        except MoverError as error:
+            raise BackendUnavailable(f"mover `{self.mover}` cannot be used: {error}") from error
 
-        return SegmentBackend(open_segments, geometry.footprint, turns=turns)
+        def open_segments(device: int | None) -> SegmentVolume:
+            return SegmentVolume(Folder(self.path, device), geometry, self.io, self.free_floor, movement)
+
+        try:
+            return SegmentBackend(open_segments, geometry.footprint, turns=turns, movement=movement)
+        except BaseException:
+            movement.close()
+            raise
 
 
 def _too_small(context: BuildContext, error: TooSmall) -> ConfigError:

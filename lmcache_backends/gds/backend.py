@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from lmcache_backends.gds.folder import Folder
+from lmcache_backends.gds.mover import HOST, Movement
 from lmcache_core.errors import BackendError, Closed
-from lmcache_core.protocols import StorageBackend
+from lmcache_core.protocols import Region, StorageBackend
 from lmcache_core.types import ChunkKey, Got, Put, Usage
 
 _T = TypeVar("_T")
@@ -41,7 +42,12 @@ class DiskBackend(StorageBackend):
     """
 
     def __init__(
-        self, open_volume: Callable[[int | None], Volume], footprint: Callable[[int], int], *, turns: int = 2
+        self,
+        open_volume: Callable[[int | None], Volume],
+        footprint: Callable[[int], int],
+        *,
+        turns: int = 2,
+        movement: Movement = HOST,
     ) -> None:
         """`open_volume(device)` opens the directory if it is on that device; with None it is made where missing.
 
@@ -50,12 +56,16 @@ class DiskBackend(StorageBackend):
         """
         self._open_volume = open_volume
         self._footprint = footprint
+        self._movement = movement
         self._volume: Volume | None = open_volume(None)
         self._device = self._volume.folder.device
         self._turn = threading.Lock()
         self._reads = _Turns(2 * turns)
         self._writes = _Turns(turns)
         self._closed = False
+
+    def register(self, region: Region) -> None:
+        self._movement.register(region)
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         volume = self._volume
@@ -91,11 +101,15 @@ class DiskBackend(StorageBackend):
         volume = self._volume
         return volume.usage() if volume is not None else None
 
+    def stats(self) -> dict[str, Any]:
+        return self._movement.stats()
+
     def close(self) -> None:
         with self._turn:
             volume, self._volume, self._closed = self._volume, None, True
         if volume is not None:
             volume.close()
+        self._movement.close()
 
     def _here(self) -> Volume:
         """The volume, if the path still leads to it; else a new one. Raise `BackendUnavailable` or `Closed`."""
@@ -149,9 +163,10 @@ def _bare(results: list[_T]) -> list[_T]:
 
 
 class SegmentBackend(DiskBackend):
-    """`mode: segments`."""
+    """`mode: segments`. What is in device memory and no mover can move is `EFAULT`."""
 
     contains_is_local: ClassVar[bool] = True
+    device_direct: ClassVar[bool] = True
 
 
 class FileBackend(DiskBackend):

@@ -32,12 +32,16 @@ BLOCK = 512
 class Fd:
     """An open descriptor, closed when nobody refers to it: a batch in flight keeps its files open through `clear`."""
 
-    __slots__ = ("number",)
+    __slots__ = ("before_close", "number")
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.before_close: Callable[[int], None] | None = None
+        """Told the number while it is still this file's."""
 
     def __del__(self, _close: Callable[[int], None] = os.close) -> None:
+        if self.before_close is not None:
+            self.before_close(self.number)
         _close(self.number)
 
     @property

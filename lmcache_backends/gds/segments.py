@@ -27,6 +27,7 @@ from lmcache_backends.gds.folder import Fd, Folder, Io
 from lmcache_backends.gds.geometry import Geometry, slots_in
 from lmcache_backends.gds.journal import Journal, Kind, Record, kind_and_bytes, record
 from lmcache_backends.gds.killpoint import killpoint
+from lmcache_backends.gds.mover import HOST, Movement
 from lmcache_backends.gds.slab import Entry, Segment, Slab
 from lmcache_core import _native
 from lmcache_core.errors import BackendError, BackendUnavailable, CorruptChunk, NoSpace
@@ -47,12 +48,15 @@ _SCAN_PAGES = 256
 class SegmentVolume:
     """One open directory of segments, used by one process at a time."""
 
-    def __init__(self, folder: Folder, geometry: Geometry, io: Io, free_floor: int | Percent) -> None:
+    def __init__(
+        self, folder: Folder, geometry: Geometry, io: Io, free_floor: int | Percent, movement: Movement = HOST
+    ) -> None:
         """Recover what is there. Raise `BackendUnavailable`."""
         self.folder = folder
         self.stale = False
         """Set when memory and medium may differ; the backend then opens the directory anew."""
         self._geometry = geometry
+        self._movement = movement
         self._lock = threading.Lock()
         self._commit = threading.Lock()
         self._slab = Slab()
@@ -97,7 +101,7 @@ class SegmentVolume:
         if not reads:
             return results
         try:
-            done = transfer.read([_span(entry, buffers[i]) for i, entry in reads])
+            done = self._movement.read([_span(entry, buffers[i]) for i, entry in reads])
         finally:
             with self._lock:
                 for _, entry in reads:
@@ -231,7 +235,7 @@ class SegmentVolume:
         try:
             spans = [_span(entry, buffers[i]) for i, entry in entries]
             killpoint("put.before_data")
-            done = transfer.write(spans)
+            done = self._movement.write(spans)
             killpoint("put.after_data")
             for (i, entry), span, n in zip(entries, spans, done, strict=True):
                 if n == span.nbytes:
@@ -343,6 +347,7 @@ class SegmentVolume:
                 os.posix_fallocate(fd.number, 0, nbytes)
                 killpoint("segment.after_allocate")
                 segment = Segment(number, fd, nbytes, slot_bytes, secrets.randbits(64))
+                self._movement.adopt(fd)
                 _write_superblock(segment)
             except OSError:
                 with contextlib.suppress(OSError):
@@ -454,6 +459,7 @@ class SegmentVolume:
             if segment is None:
                 self.folder.unlink(name)  # never finished, or of another version: a cache starts over
             else:
+                self._movement.adopt(fd)
                 segments[segment.number] = segment
         return segments
 

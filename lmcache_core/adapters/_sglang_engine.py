@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from sglang.srt import runtime_context
 
 from lmcache_core import config
-from lmcache_core.adapters._sglang_pools import HostPages
+from lmcache_core.adapters._page_store import Pages
 from lmcache_core.adapters._weights import fingerprint
 from lmcache_core.config import PipelineConfig
 from lmcache_core.errors import ConfigError, Problem, Unsupported
@@ -148,7 +148,7 @@ def model_mark() -> tuple[str, str]:
     return str(leaf("model_path")), str(leaf("weight_version"))
 
 
-def model_identity(pages: HostPages, pool: str, ranks: Ranks, settings: Settings) -> Identity:
+def model_identity(pages: Pages, pool: str, ranks: Ranks, settings: Settings) -> Identity:
     """Identity of every page of a pool of this engine. Raise `Unsupported` when the weights cannot be named."""
     leaf = runtime_context.get_context().config_leaf
     try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,21 +44,6 @@ AXES: dict[str, dict[str, str]] = {
 
 CANONICAL = ("layer", "plane", "token", "head")
 """Order of a chunk's axes before `dim`."""
-
-
-class HostPages(Protocol):
-    """Pages of one pool."""
-
-    layout: KVLayout
-    """Of one page."""
-    tokens: int
-    """Indices that name one page."""
-
-    def gather(self, indices: Any, addresses: NDArray[np.int64]) -> None:
-        """Copy the pages at `indices`, `tokens` for each, into slots."""
-
-    def scatter(self, indices: Any, addresses: NDArray[np.int64]) -> None:
-        """Copy slots into the pages at `indices`."""
 
 
 def describe(pool: Any, name: str) -> StridedPages | PointerPages:

@@ -31,7 +31,7 @@ from vllm.v1.request import Request
 
 from lmcache_core import canonical
 from lmcache_core.copies import PagedKV, PageGeometry
-from lmcache_core.errors import Unsupported
+from lmcache_core.errors import ConfigError, Problem, Unsupported
 from lmcache_core.identity import Identity, fingerprint_weights
 from lmcache_core.layout import DTYPE_BYTES, KVLayout
 
@@ -186,6 +186,23 @@ def refuse_engine(vllm_config: Any, kv_cache_config: Any) -> None:
         raise Unsupported(f"KV cache groups with blocks of {sorted({spec.block_size for spec in specs})} tokens")
 
 
+def blocks_in_chunk(chunk: int, block: int) -> int:
+    """Engine blocks of `block` tokens in a chunk of `chunk`. Raise `ConfigError` where they are not whole."""
+    if chunk % block:
+        raise ConfigError(
+            [
+                Problem(
+                    where="kv_connector_extra_config",
+                    path="chunk_tokens",
+                    what=f"{chunk} is not a multiple of vLLM's block of {block} tokens",
+                    why="a chunk is stored as whole blocks",
+                    fix=f"set chunk_tokens: {-(-chunk // block) * block}, or vLLM's --block-size",
+                )
+            ]
+        )
+    return chunk // block
+
+
 def refuse_chunk(kv_cache_config: Any, chunk_tokens: int) -> None:
     """Raise `Unsupported` where chunks are longer than what a layer with a window still has of them when they are
     complete."""
@@ -315,15 +332,20 @@ def _mla_packing(vllm_config: Any, names: tuple[str, ...], spec: Any, dtype: tor
 
 
 def _cpu_packing(vllm_config: Any, names: tuple[str, ...], spec: Any, dtype: torch.dtype) -> str:
-    """Name of what is inside a page: the instruction set vLLM packs it for, and a fingerprint of the packing itself.
-
-    vLLM transposes and interleaves keys for the CPU's matrix instructions. The fingerprint comes from packing a known
-    pattern with vLLM's own kernel, so that a release that packs otherwise under the same name cannot be misread.
-    """
+    """Name of what is inside a page, as the layers say it; see `cpu_page_format`."""
     layers = vllm_config.compilation_config.static_forward_context
     found = {getattr(layers.get(name), "isa", None) for name in names}
     if len(found) != 1 or not isinstance(isa := found.pop(), str):
         raise Unsupported("the attention layers do not name one page format (`isa`); is this vLLM's CPU backend?")
+    return cpu_page_format(vllm_config, isa, spec, dtype)
+
+
+def cpu_page_format(vllm_config: Any, isa: str, spec: Any, dtype: torch.dtype) -> str:
+    """The instruction set vLLM packs a page for, and a fingerprint of the packing itself.
+
+    vLLM transposes and interleaves keys for the CPU's matrix instructions. The fingerprint comes from packing a known
+    pattern with vLLM's own kernel, so that a release that packs otherwise under the same name cannot be misread.
+    """
     heads, block, dim = spec.num_kv_heads, spec.block_size, spec.head_size
     # Halves of integers below 256 are exact in every element type.
     pattern = torch.arange(2 * block * heads * dim, dtype=torch.int64) * 7919 % 509

@@ -15,7 +15,7 @@ from lmcache_core.types import ChunkKey
 if TYPE_CHECKING:
     from lmcache_core.pipeline import Pipeline
 
-_COUNTERS: dict[str, tuple[str, str, str]] = {
+COUNTERS: dict[str, tuple[str, str, str]] = {
     "loaded_tokens": ("vllm:lmcache_loaded_tokens", "Tokens promised to the engine", ""),
     "saved_chunks": ("vllm:lmcache_saved_chunks", "Chunks copied out of the engine", ""),
     "failed_blocks": ("vllm:lmcache_failed_blocks", "Blocks promised, then computed by the engine", ""),
@@ -34,7 +34,7 @@ class Stats(KVConnectorStats):
     def between(cls, before: Mapping[str, int], now: Mapping[str, int]) -> Stats:
         """The known counters that grew."""
         grown = {name: count - before.get(name, 0) for name, count in now.items() if count != before.get(name, 0)}
-        return cls({name: count for name, count in grown.items() if name.partition(".")[0] in _COUNTERS})
+        return cls({name: count for name, count in grown.items() if name.partition(".")[0] in COUNTERS})
 
     def reset(self) -> None:
         """Forget the increments."""
@@ -65,7 +65,7 @@ class Prom(KVConnectorPromMetrics):
         make = metric_types[Counter]
         self._counters = {
             name: make(name=metric, documentation=text, labelnames=labelnames + ([label] if label else []))
-            for name, (metric, text, label) in _COUNTERS.items()
+            for name, (metric, text, label) in COUNTERS.items()
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:

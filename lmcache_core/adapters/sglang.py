@@ -21,8 +21,9 @@ from typing import Any
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolHitPolicy, PoolTransferResult
 
 from lmcache_core.adapters import _sglang_engine as engine
+from lmcache_core.adapters._page_store import Errors
 from lmcache_core.adapters._sglang_pools import describe
-from lmcache_core.adapters._sglang_store import Errors, PageStore, logger
+from lmcache_core.adapters._sglang_store import PageStore, logger
 from lmcache_core.errors import Unsupported
 from lmcache_core.types import ChunkKey
 from lmcache_core.units import format_bytes
@@ -56,7 +57,7 @@ class LMCacheCoreStorage(HiCacheStorage):
             name: engine.load_config(source, self._ranks)
             for name, source in {KV: self._settings.config, **self._settings.pools}.items()
         }
-        self.errors = Errors()
+        self.errors = Errors(logger)
         self._stores: dict[str, PageStore] = {}
         self._pools: dict[str, Any] = {}
         self._lock = threading.Lock()

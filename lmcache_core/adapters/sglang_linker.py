@@ -22,8 +22,9 @@ from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoadCounter, UnifiedCacheLinker
 
 from lmcache_core.adapters import _sglang_engine as engine
+from lmcache_core.adapters._page_store import Errors
 from lmcache_core.adapters._sglang_pools import DevicePages
-from lmcache_core.adapters._sglang_store import Errors, PageStore, logger
+from lmcache_core.adapters._sglang_store import PageStore, logger
 from lmcache_core.errors import Unsupported
 from lmcache_core.pipeline import Lease
 
@@ -40,7 +41,7 @@ class LMCacheCoreLinker(UnifiedCacheLinker):
     ) -> None:
         engine.check_api(UnifiedCacheLinker, engine.LINKER_API)
         self.forward_stream = forward_stream
-        self.errors = Errors()
+        self.errors = Errors(logger)
         settings = engine.settings_of(extra_config or {}, ours=())
         config = engine.load_config(settings.config, engine.Ranks())
         kvcache = params.token_to_kv_pool_allocator.get_kvcache()

@@ -203,18 +203,7 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
             raise Unsupported(f"{len(workers)} of {parallel.world_size} workers described their pages")
         settings = self._settings
         chunk, block = self._config.chunk_tokens, workers[0, 0][0].block_tokens
-        if chunk % block:
-            raise ConfigError(
-                [
-                    Problem(
-                        where="kv_connector_extra_config",
-                        path="chunk_tokens",
-                        what=f"{chunk} is not a multiple of vLLM's block of {block} tokens",
-                        why="a chunk is stored as whole blocks",
-                        fix=f"set chunk_tokens: {-(-chunk // block) * block}, or vLLM's --block-size",
-                    )
-                ]
-            )
+        compat.blocks_in_chunk(chunk, block)
         compat.refuse_chunk(self._kv_cache_config, chunk)
         layout, parts = assemble(workers, chunk)
         groups = len(workers[0, 0])

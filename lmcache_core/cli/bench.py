@@ -12,7 +12,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lmcache_core.cli import bench_backend, bench_codec, bench_common, bench_disk, bench_tiers, codec_quality
+from lmcache_core.cli import (
+    bench_backend,
+    bench_codec,
+    bench_common,
+    bench_disk,
+    bench_serving,
+    bench_tiers,
+    codec_quality,
+)
 from lmcache_core.cli.bench_common import CHUNK_TOKENS, Effort, Ratio, work_directory
 from lmcache_core.cli.bench_disk import DiskResult
 from lmcache_core.cli.console import OK, add_json, emit, table
@@ -81,6 +89,7 @@ def add(subparsers: Any) -> None:
     bench_backend.register(kinds)
     bench_codec.register(kinds)
     codec_quality.register(kinds)
+    bench_serving.register(kinds)
 
 
 def run_tiers(args: argparse.Namespace) -> int:

@@ -142,7 +142,7 @@ class _Watch:
     """Follows a build from backend to backend, from inside: a plugin around every `build`."""
 
     def __init__(self, config: PipelineConfig, limit: float) -> None:
-        gib = sum(tier.capacity or 0 for tier in config.tiers if tier.backend.in_memory) / (1 << 30)
+        gib = (config.host_tiers[0].capacity or 0) / (1 << 30)
         self._limit = limit
         self._rest = limit + _FILL_S_PER_GIB * gib
         self.step = self._next(None, "preparing the tiers")
@@ -181,7 +181,7 @@ class _Check:
 
     def run(self, before: int) -> tuple[list[Row], int]:
         """One row per tier, and how many files the whole pipeline holds open (0 when it could not be built)."""
-        memory, *storage = self._config.tiers
+        memory, *storage = self._config.host_tiers
         pipeline = self._build(self._config)
         if not isinstance(pipeline, Pipeline):
             return self._one_by_one(pipeline), 0
@@ -211,7 +211,7 @@ class _Check:
     def _one_by_one(self, whole: _Hung | Exception) -> list[Row]:
         """The pipeline could not be built: find out whose fault it is, tier by tier."""
         config = self._config
-        memory, *storage = config.tiers
+        memory, *storage = config.host_tiers
         known = {whole.tier: whole.reason} if isinstance(whole, _Hung) else {}
         rows: list[Row] = []
         if memory.name in known:

@@ -40,14 +40,15 @@ def machine_findings(config: PipelineConfig) -> list[Finding]:
 
 
 def _memory(config: PipelineConfig) -> list[Finding]:
-    wanted = sum(tier.capacity or 0 for tier in config.tiers if tier.backend.in_memory)
+    wanted = config.host_tiers[0].capacity or 0
     available = machine.memory_available()
     if wanted <= available:
         return []
     what = f"{format_bytes(wanted)} of memory are more than the {format_bytes(available)} that can be allocated now"
     why = "the arena is allocated and touched at start-up: the kernel would kill the process"
     fix = f"lower it to at most {format_bytes(available // 2).replace(' ', '')} and leave room for the engine"
-    return [Finding(("tiers", 0, "capacity"), what, why, fix, code=Code.MACHINE)]
+    at = config.tiers.index(config.host_tiers[0])
+    return [Finding(("tiers", at, "capacity"), what, why, fix, code=Code.MACHINE)]
 
 
 def _disk(i: int, tier: TierConfig, directory: Path) -> Finding | None:

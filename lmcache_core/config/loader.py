@@ -182,10 +182,11 @@ def _shape(tier: Any, plugins: Plugins) -> Shape:
     name, backend = tier.get("name"), tier.get("backend")
     kind = backend.get("type") if isinstance(backend, dict) else getattr(backend, "type", None)
     try:
-        in_memory = plugins.backend(kind).in_memory if isinstance(kind, str) else None
+        cls = plugins.backend(kind) if isinstance(kind, str) else None
     except PluginError:
-        in_memory = None
-    return Shape(name if isinstance(name, str) else None, in_memory)
+        cls = None
+    memory, device = (None, False) if cls is None else (cls.in_memory, cls.on_device)
+    return Shape(name if isinstance(name, str) else None, memory, device)
 
 
 def _provenance(draft: Draft, config: PipelineConfig) -> dict[str, str]:

@@ -116,7 +116,7 @@ Eviction = Annotated[SerializeAsAny[EvictionConfig], _by_type(EvictionConfig, Pl
 
 
 def _resolve_share(value: Any, info: Info) -> Any:
-    """A share is of the machine's memory for a memory tier, of the file system for a tier in a directory."""
+    """A share is of the machine's memory for a tier in host memory, of the file system for one in a directory."""
     if value is None:
         return None
     size = parse_size(value)
@@ -125,6 +125,8 @@ def _resolve_share(value: Any, info: Info) -> Any:
     backend = info.data.get("backend")
     if not isinstance(backend, BackendConfig):
         return 1  # the backend's own error is reported; any capacity is right beside it
+    if backend.on_device:
+        raise ValueError(f"a share such as {size} has no meaning for a GPU: write a size, e.g. 8GiB")
     if backend.in_memory:
         return size.of(machine.memory_total())
     directory = backend.local_directory()
@@ -210,6 +212,16 @@ class TierConfig(Frozen):
                     self.write,
                 )
             )
+        if self.backend.on_device and self.eviction.type != "lru":
+            found.append(
+                Finding(
+                    ("eviction",),
+                    "a GPU tier drops the copies that were used least recently",
+                    "it holds copies of host memory, whose own policy decides what is kept",
+                    "remove `eviction`, or set it on the tier in host memory",
+                    self.eviction.type,
+                )
+            )
         return found
 
 
@@ -278,15 +290,25 @@ class PipelineConfig(Frozen):
     """Installed `lmcache.plugins` to activate, such as wrappers around every backend: `name`, or `{type: name, ...}` to
     give its settings. The last is the outermost."""
     tiers: tuple[TierConfig, ...]
-    """One memory tier first, then storage tiers in the order they are asked."""
+    """One memory tier first, perhaps with a GPU tier before it; then storage tiers in the order they are asked."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        shapes = [Shape(tier.name, tier.backend.in_memory) for tier in self.tiers]
+        shapes = [Shape(tier.name, tier.backend.in_memory, tier.backend.on_device) for tier in self.tiers]
         named = [() if isinstance(plugin, str) else plugin.tiers or () for plugin in self.plugins]
         found = plugin_findings(named, [tier.name for tier in self.tiers])
         raise_findings("PipelineConfig", [*pipeline_findings(shapes), *found])
         return self
+
+    @property
+    def device_tier(self) -> TierConfig | None:
+        """The GPU tier, where there is one."""
+        return self.tiers[0] if self.tiers[0].backend.on_device else None
+
+    @property
+    def host_tiers(self) -> tuple[TierConfig, ...]:
+        """The memory tier, then the storage tiers."""
+        return self.tiers if self.device_tier is None else self.tiers[1:]
 
 
 def plugin_findings(plugins: Sequence[Sequence[str]], tiers: Sequence[str]) -> Iterator[Finding]:
@@ -313,6 +335,7 @@ class Shape:
 
     name: str | None
     in_memory: bool | None
+    on_device: bool = False
 
 
 def pipeline_findings(shapes: Sequence[Shape]) -> list[Finding]:
@@ -339,7 +362,18 @@ def pipeline_findings(shapes: Sequence[Shape]) -> list[Finding]:
                 )
             )
         first.setdefault(folded, (i, shape.name))
-    memory = [i for i, shape in enumerate(shapes) if shape.in_memory]
+    devices = [i for i, shape in enumerate(shapes) if shape.on_device]
+    for i in devices:
+        if i:
+            found.append(
+                Finding(
+                    ("tiers", i, "backend"),
+                    "only one GPU tier is supported" if 0 in devices else "the GPU tier must come first",
+                    "a pipeline serves one device" if 0 in devices else "it holds copies of the memory tier's chunks",
+                    "remove this tier" if 0 in devices else f"move tiers[{i}] to the top of the list",
+                )
+            )
+    memory = [i for i, shape in enumerate(shapes) if shape.in_memory and not shape.on_device]
     unknown = any(shape.in_memory is None for shape in shapes)
     if shapes and not memory and not unknown:
         fix = "put `- {name: dram, capacity: 4GiB, backend: {type: cpu}}` first"
@@ -354,13 +388,14 @@ def pipeline_findings(shapes: Sequence[Shape]) -> list[Finding]:
                 f"remove this tier and give its capacity to tiers[{memory[0]}]",
             )
         )
-    if memory and memory[0] != 0:
+    first_place = int(0 in devices)
+    if memory and memory[0] != first_place:
         found.append(
             Finding(
                 ("tiers", memory[0], "backend"),
                 "the memory tier must come first",
                 "tiers are asked in order, nearest the engine first",
-                f"move tiers[{memory[0]}] to the top of the list",
+                f"move tiers[{memory[0]}] " + ("below the GPU tier" if first_place else "to the top of the list"),
             )
         )
     return found

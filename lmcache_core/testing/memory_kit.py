@@ -19,6 +19,7 @@ from random import Random
 import numpy as np
 
 from lmcache_core.errors import BackendUnavailable
+from lmcache_core.gpu import Event, Stream, copy_batch
 from lmcache_core.protocols import BuildContext, MemoryBackend, Region
 from lmcache_core.slots import map_shared
 from lmcache_core.testing.contracts import ContractBroken, demand
@@ -47,12 +48,43 @@ class MemoryBackendTests:
     def region(self, memory: MemoryBackend, nbytes: int) -> Region:
         """A region of `nbytes`, plain and writable."""
         region = memory.allocate(nbytes)
+        if memory.device is not None:
+            sizes = (region.nbytes, region.view.nbytes)
+            demand(sizes == (nbytes, 0), "region size", f"nbytes and view have {sizes} bytes, not {nbytes} and none")
+            return region
         sizes = (region.nbytes, region.view.nbytes)
         demand(sizes == (nbytes, nbytes), "region size", f"nbytes and view have {sizes} bytes, not {nbytes}")
         plain = region.view.format == "B" and region.view.contiguous and region.view.ndim == 1
         demand(plain, "region size", "`view` is not plain bytes, one after the other")
         demand(not region.view.readonly, "writable region", "`view` is read-only")
         return region
+
+    def write(self, memory: MemoryBackend, region: Region, pattern: bytes) -> None:
+        """Fill a region; that of a GPU by a copy."""
+        if memory.device is None:
+            region.view[:] = pattern
+        else:
+            self._copy(memory, region, bytearray(pattern), back=False)
+
+    def read(self, memory: MemoryBackend, region: Region) -> bytes:
+        """What is in a region."""
+        if memory.device is None:
+            return bytes(region.view)
+        out = bytearray(region.nbytes)
+        self._copy(memory, region, out, back=True)
+        return bytes(out)
+
+    @staticmethod
+    def _copy(memory: MemoryBackend, region: Region, host: bytearray, *, back: bool) -> None:
+        assert memory.device is not None
+        stream, done = Stream(memory.device), Event(memory.device)
+        ends = [np.array([region.address]), np.array([np.frombuffer(host, np.uint8).ctypes.data])]
+        to, source = reversed(ends) if back else ends
+        copy_batch(to, source, np.array([region.nbytes]), stream.handle, memory.device)
+        done.record(stream.handle)
+        done.synchronize()
+        done.close()
+        stream.close()
 
     def test_regions_are_as_large_as_asked_for(self, open_memory: OpenMemory) -> None:
         with self.memory(open_memory) as memory:
@@ -64,6 +96,8 @@ class MemoryBackendTests:
             for nbytes in (PAGE, self.region_bytes, 5 * PAGE):
                 region = self.region(memory, nbytes)
                 demand(region.address % PAGE == 0, "region address", f"{region.address:#x} is not page-aligned")
+                if memory.device is not None:
+                    continue
                 begins = int(np.frombuffer(region.view, np.uint8).ctypes.data)
                 demand(begins == region.address, "region address", "`view` begins elsewhere than `address` says")
 
@@ -71,12 +105,15 @@ class MemoryBackendTests:
         with self.memory(open_memory) as memory:
             region = self.region(memory, self.region_bytes)
             pattern = Random(5).randbytes(self.region_bytes)
-            region.view[:] = pattern
-            demand(region.view == pattern, "writable region", "it does not hold the bytes that were written")
+            self.write(memory, region, pattern)
+            same = self.read(memory, region) == pattern
+            demand(same, "writable region", "it does not hold the bytes that were written")
 
     def test_no_page_is_left_to_fault_in(self, open_memory: OpenMemory) -> None:
         with self.memory(open_memory) as memory:
             region = self.region(memory, self.region_bytes)
+            if memory.device is not None:
+                return
             resident = _resident(region.address, region.nbytes)
             demand(
                 resident >= region.nbytes,
@@ -88,13 +125,20 @@ class MemoryBackendTests:
         with self.memory(open_memory) as memory:
             regions = [self.region(memory, self.region_bytes // 4) for _ in range(3)]
             for number, region in enumerate(regions):
-                region.view[:] = bytes([number]) * region.nbytes
+                self.write(memory, region, bytes([number]) * region.nbytes)
             for number, region in enumerate(regions):
-                own = region.view == bytes([number]) * region.nbytes
+                own = self.read(memory, region) == bytes([number]) * region.nbytes
                 demand(own, "own region", "writing one region changed another")
 
     def test_shared_regions_are_the_same_memory(self, open_memory: OpenMemory) -> None:
-        """Memory that is never shared need not be shareable; where `share` is given it must lead to the region."""
+        """Memory that is never shared need not be shareable; where `share` is given it must lead to the region. A GPU's
+        cannot be shared, and is refused."""
+        try:
+            with self.memory(open_memory, shared=True) as memory:
+                device = memory.device
+        except BackendUnavailable:
+            return
+        demand(device is None, "shared region", "memory of a GPU was handed out as if others could map it")
         with self.memory(open_memory, shared=True) as memory:
             region = self.region(memory, self.region_bytes)
             if region.share is None:

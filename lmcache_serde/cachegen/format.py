@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import xxhash
@@ -23,6 +24,9 @@ AUTO: Final = -1
 GROUP: Final = 64
 LANES: Final = 32
 BASE_RANGE: Final = (-88, 32)
+AUX: Final = 16
+"""Bytes of the auxiliary section of a blob with a transform: u64 position of the first token, u64 0."""
+MOST_START: Final = (1 << 48) - 1
 _WEIGHT: Final = 0x9E3779B97F4A7C15
 _MASK: Final = (1 << 64) - 1
 
@@ -82,8 +86,15 @@ class Shape:
 
     @property
     def bound(self) -> int:
-        """Most bytes a blob without auxiliary section can take: every row falls back to its raw form, never more."""
+        """Most bytes a blob without transform can take: every row falls back to its raw form. With one, `AUX` more."""
         return 64 + align16(4 * self.rows) + self.rows * (16 + align16(self.row_bytes))
+
+
+class Named(Protocol):
+    """A profile, as far as a header is concerned."""
+
+    @property
+    def number(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -199,16 +210,18 @@ class Parsed:
     level: int
     n_raw: int
     tile_tokens: int
+    start: int
+    """Position of the first token in its sequence; -1 without a transform."""
     starts: NDArray[np.int64]
     """Blob offset of each row, then of the end."""
 
 
-def parse(blob: NDArray[np.uint8], shape: Shape) -> Parsed:
+def parse(blob: NDArray[np.uint8], shape: Shape, profile: Named | None = None) -> Parsed:
     """Read and verify header and row table of a blob of `shape`. Raise `CodecError` saying what is wrong."""
-    rows_at = 64 + align16(4 * shape.rows)
-    if blob.size < rows_at + 16 * shape.rows:
+    if blob.size < 64 + align16(4 * shape.rows) + 16 * shape.rows:
         raise CodecError(f"{blob.size} bytes are too few for {shape.rows} rows")
     head: Any = blob[:64].view(HEADER)[0]
+    turned = profile is not None and head["transform"] == 1
     expected = {
         "magic": MAGIC,
         "version": VERSION,
@@ -217,35 +230,48 @@ def parse(blob: NDArray[np.uint8], shape: Shape) -> Parsed:
         "layers": shape.layers,
         "tokens": shape.tokens,
         "channels": shape.channels,
-        "transform": 0,
+        "transform": int(turned),
         "total": blob.size,
         "tables": TABLES.id,
-        "profile": 0,
-        "aux": 0,
+        "profile": profile.number if profile is not None and turned else 0,
+        "aux": AUX if turned else 0,
     }
     for name, value in expected.items():
         if int(head[name]) != value:
             raise CodecError(f"{name} is {int(head[name])}, expected {value}")
+    table_end = 64 + align16(4 * shape.rows)
+    rows_at = table_end + int(head["aux"])
+    if blob.size < rows_at + 16 * shape.rows:
+        raise CodecError(f"{blob.size} bytes are too few for {shape.rows} rows")
     if int(head["check"]) != check64(blob[:56], blob[64:rows_at]):
         raise CodecError("the header's check does not match")
     tile_tokens, n_raw = int(head["tile_tokens"]), int(head["n_raw"])
     if head["reserved"].any() or not 1 <= tile_tokens <= MAX_TOKENS or n_raw > min(MAX_RAW, shape.tokens):
         raise CodecError(f"tile_tokens {tile_tokens}, n_raw {n_raw} or a reserved field is out of range")
+    start = -1
+    if turned:
+        start, reserved = (int(number) for number in blob[table_end:rows_at].view("<u8"))
+        if start > MOST_START or reserved:
+            raise CodecError(f"a chunk cannot start at token {start}, or a reserved field is not 0")
     ends = blob[64 : 64 + 4 * shape.rows].view("<u4").astype(np.int64)
     starts = np.concatenate([[rows_at], ends])
     if (
         (np.diff(starts) < 16).any()
         or (starts % 16).any()
         or starts[-1] != blob.size
-        or blob[64 + 4 * shape.rows : rows_at].any()
+        or blob[64 + 4 * shape.rows : table_end].any()
     ):
         raise CodecError("the row table is out of order")
-    return Parsed(int(head["level"]), n_raw, tile_tokens, starts)
+    return Parsed(int(head["level"]), n_raw, tile_tokens, start, starts)
 
 
-def header(shape: Shape, level: int, n_raw: int, tile_tokens: int, ends: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Header, row table and padding: what comes before the rows."""
-    out = np.zeros(64 + align16(4 * shape.rows), np.uint8)
+def header(
+    shape: Shape, level: int, n_raw: int, tile_tokens: int, lengths: Sequence[int], profile: Named | None, start: int
+) -> NDArray[np.uint8]:
+    """What comes before the rows, which take `lengths` bytes: header, row table, auxiliary section."""
+    table_end = 64 + align16(4 * shape.rows)
+    out = np.zeros(table_end + (AUX if profile is not None else 0), np.uint8)
+    ends = out.size + np.cumsum(lengths)
     head: Any = out[:64].view(HEADER)[0]
     head["magic"], head["version"], head["dtype"], head["level"] = MAGIC, VERSION, DTYPES[shape.dtype], level
     head["planes"], head["layers"], head["tokens"], head["channels"] = (
@@ -255,6 +281,9 @@ def header(shape: Shape, level: int, n_raw: int, tile_tokens: int, ends: NDArray
         shape.channels,
     )
     head["tile_tokens"], head["n_raw"], head["total"], head["tables"] = tile_tokens, n_raw, ends[-1], TABLES.id
+    if profile is not None:
+        head["transform"], head["profile"], head["aux"] = 1, profile.number, AUX
+        out[table_end:].view("<u8")[0] = start
     out[64 : 64 + 4 * shape.rows].view("<u4")[:] = ends
     head["check"] = check64(out[:56], out[64:])
     return out

@@ -14,19 +14,30 @@ import numpy as np
 
 from lmcache_core import _native
 from lmcache_serde.cachegen import reference
-from lmcache_serde.cachegen.format import DTYPES, RAW, TABLES, CodecError, Coding, Shape, parse
+from lmcache_serde.cachegen.format import AUX, DTYPES, MOST_START, RAW, TABLES, CodecError, Coding, Shape, parse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lmcache_core._native import Buffer
+    from lmcache_serde.cachegen.profile import Profile
 
 _REASONS: Final = {
-    -2: "the header is not that of a blob of this version, shape, length and table set",
+    -2: "the header is not that of a blob of this version, shape, length, table set and profile",
     -3: "a check does not match",
     -4: "a row's sections are inconsistent",
     -5: "an entropy-coded tile does not end as it must",
 }
+
+
+class _Profile(ctypes.Structure):
+    """`lmc_codec_profile` of lmcache_codec.h."""
+
+    _fields_ = (
+        ("number", ctypes.c_uint64),
+        *((name, ctypes.c_int32) for name in ("heads", "pairs", "blocks", "block")),
+        *((name, ctypes.c_void_p) for name in ("turns", "mean", "there", "back", "room")),
+    )
 
 
 class _Codec(ctypes.Structure):
@@ -37,6 +48,8 @@ class _Codec(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("level", "n_raw", "tile_tokens")),
         ("modes", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
+        ("profile", ctypes.POINTER(_Profile)),
+        ("starts", ctypes.c_void_p),
     )
 
 
@@ -46,7 +59,7 @@ def _load() -> ctypes.CDLL | None:
         return None
     pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     library.lmc_codec_table_set.restype = ctypes.c_uint64
-    library.lmc_codec_scratch_bytes.restype = int64
+    library.lmc_codec_scratch_bytes.restype = library.lmc_codec_room_bytes.restype = int64
     library.lmc_codec_encode.restype = library.lmc_codec_decode.restype = int32
     library.lmc_codec_encode.argtypes = [pointer, pointer, pointer, int64, pointer, pointer, pointer]
     library.lmc_codec_decode.argtypes = [pointer, pointer, pointer, pointer, int64, int32, int32, pointer, pointer]
@@ -63,6 +76,7 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.room = np.empty(0 if _library is None else _library.lmc_codec_scratch_bytes(), np.uint8)
+        self.turning = np.empty(0, np.uint8)
 
 
 _scratch: Final = _Scratch()
@@ -76,6 +90,21 @@ def _described(shape: Shape, coding: Coding | None = None) -> _Codec:
     return codec
 
 
+def _lend(library: ctypes.CDLL, codec: _Codec, profile: Profile) -> None:
+    """Give the codec a profile, and this thread's memory to work with it."""
+    layers, _, blocks, block, _ = profile.basis.shape
+    arrays = (profile.turns, profile.mean, *profile.matrices)
+    addresses = [_native.address_of(array) for array in arrays]
+    lent = _Profile(profile.number, profile.heads, profile.turns.size, blocks, block, *addresses)
+    codec.profile = ctypes.pointer(lent)
+    room = library.lmc_codec_room_bytes(ctypes.byref(codec))
+    if room < 0 or layers != codec.layers:
+        raise ValueError("the profile does not fit this shape")
+    if _scratch.turning.size < room:
+        _scratch.turning = np.empty(room, np.uint8)
+    lent.room = _native.address_of(_scratch.turning)
+
+
 def _addresses(buffers: Sequence[Buffer], nbytes: int, *, writable: bool = False) -> NDArray[np.int64]:
     for buffer in buffers:
         if (size := _nbytes(buffer)) < nbytes:
@@ -84,29 +113,50 @@ def _addresses(buffers: Sequence[Buffer], nbytes: int, *, writable: bool = False
 
 
 def encode(
-    shape: Shape, coding: Coding, chunks: Sequence[Buffer], out: Sequence[Buffer]
+    shape: Shape,
+    coding: Coding,
+    chunks: Sequence[Buffer],
+    out: Sequence[Buffer],
+    profile: Profile | None = None,
+    starts: Sequence[int] = (),
 ) -> tuple[list[int], list[int]]:
-    """Encode each chunk into its buffer of `shape.bound` bytes. Return the bytes used, and rows stored raw unasked."""
+    """Encode each chunk into its buffer of `shape.bound` bytes. Return the bytes used, and rows stored raw unasked.
+
+    With a profile, buffers hold `AUX` bytes more, and `starts` are the positions of the chunks' first tokens; one that
+    is not in 0 to `MOST_START` is of a chunk that is coded without the profile.
+    """
     coding = coding.checked(shape)
-    sources, targets = _addresses(chunks, shape.nbytes), _addresses(out, shape.bound, writable=True)
-    if sources.size != targets.size:
-        raise ValueError(f"{sources.size} chunks for {targets.size} buffers")
+    bound = shape.bound if profile is None else shape.bound + AUX
+    sources, targets = _addresses(chunks, shape.nbytes), _addresses(out, bound, writable=True)
+    if sources.size != targets.size or (profile is not None and len(starts) != sources.size):
+        raise ValueError(f"{sources.size} chunks and {len(starts)} starts for {targets.size} buffers")
     if _library is None:
-        return _encode_slowly(shape, coding, chunks, out)
+        return _encode_slowly(shape, coding, chunks, out, profile, starts)
+    codec = _described(shape, coding)
+    if profile is not None:
+        _lend(_library, codec, profile)
+        positions = np.array([start if start <= MOST_START else -1 for start in starts], np.int64)
+        codec.starts = _native.address_of(positions)
     sizes, raw = np.zeros(sources.size, np.int64), np.zeros(sources.size, np.int32)
     arguments = (sources, targets, sources.size, _scratch.room, sizes, raw)
-    result = _library.lmc_codec_encode(ctypes.byref(_described(shape, coding)), *_passed(arguments))
+    result = _library.lmc_codec_encode(ctypes.byref(codec), *_passed(arguments))
     if result:
         raise ValueError(f"the codec refuses {shape} with {coding}")
     return sizes.tolist(), raw.tolist()
 
 
 def decode(
-    shape: Shape, blobs: Sequence[Buffer], out: Sequence[Buffer], first_layer: int = 0, layers: int | None = None
+    shape: Shape,
+    blobs: Sequence[Buffer],
+    out: Sequence[Buffer],
+    first_layer: int = 0,
+    layers: int | None = None,
+    profile: Profile | None = None,
 ) -> None:
     """Decode `layers` layers (all from `first_layer` on by default) of each blob into its buffer of just those layers.
 
-    Raise `CodecError` when a blob is not whole; what its buffer and those after it hold is then unspecified.
+    Blobs may be of the profile, if one is given, or of none. Raise `CodecError` when a blob is not whole; what its
+    buffer and those after it hold is then unspecified.
     """
     count = shape.layers - first_layer if layers is None else layers
     if first_layer < 0 or count < 0 or first_layer + count > shape.layers:
@@ -117,14 +167,17 @@ def decode(
     targets = _addresses(out, nbytes, writable=True)
     if _library is None:
         for blob, room in zip(blobs, out, strict=True):
-            decoded = reference.decode(shape, np.frombuffer(blob, np.uint8), first_layer, count)
+            decoded = reference.decode(shape, np.frombuffer(blob, np.uint8), first_layer, count, profile)
             np.frombuffer(room, np.uint8)[:nbytes] = decoded
         return
     sources = _addresses(blobs, 0)
     lengths = np.array([_nbytes(blob) for blob in blobs], np.int64)
     status = np.zeros(len(blobs), np.int32)
+    codec = _described(shape)
+    if profile is not None:
+        _lend(_library, codec, profile)
     arguments = (sources, lengths, targets, sources.size, first_layer, count, _scratch.room, status)
-    if _library.lmc_codec_decode(ctypes.byref(_described(shape)), *_passed(arguments)):
+    if _library.lmc_codec_decode(ctypes.byref(codec), *_passed(arguments)):
         bad = int(np.flatnonzero(status)[0])
         raise CodecError(f"blob {bad} of {lengths[bad]} bytes: {_REASONS[int(status[bad])]}")
 
@@ -138,13 +191,20 @@ def _passed(arguments: tuple[Any, ...]) -> list[int]:
 
 
 def _encode_slowly(
-    shape: Shape, coding: Coding, chunks: Sequence[Buffer], out: Sequence[Buffer]
+    shape: Shape,
+    coding: Coding,
+    chunks: Sequence[Buffer],
+    out: Sequence[Buffer],
+    profile: Profile | None,
+    starts: Sequence[int],
 ) -> tuple[list[int], list[int]]:
     sizes, raw = [], []
-    for chunk, room in zip(chunks, out, strict=True):
-        blob = reference.encode(shape, coding, np.frombuffer(chunk, np.uint8)[: shape.nbytes])
+    for i, (chunk, room) in enumerate(zip(chunks, out, strict=True)):
+        start = -1 if profile is None else starts[i]
+        used = profile if 0 <= start <= MOST_START else None
+        blob = reference.encode(shape, coding, np.frombuffer(chunk, np.uint8)[: shape.nbytes], used, start)
         np.frombuffer(room, np.uint8)[: blob.size] = blob
         sizes.append(blob.size)
-        stored = blob[parse(blob, shape).starts[:-1] + 10] == RAW
+        stored = blob[parse(blob, shape, used).starts[:-1] + 10] == RAW
         raw.append(int((stored & (coding.modes != RAW)).sum()))
     return sizes, raw

@@ -17,7 +17,9 @@ from lmcache_serde.cachegen.format import (
     ANCHORED,
     AUTO,
     BASE_RANGE,
+    DTYPES,
     GROUP,
+    ITEM_BYTES,
     LANES,
     LOSSLESS,
     PER_TOKEN,
@@ -33,9 +35,12 @@ from lmcache_serde.cachegen.format import (
     header,
     parse,
 )
+from lmcache_serde.cachegen.transform import HIGHEST, MOST, exponents, transform, untransform
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from lmcache_serde.cachegen.profile import Profile
 
     Floats = NDArray[np.float32]
     Ints = NDArray[np.int64]
@@ -58,8 +63,6 @@ _BITS: Final = {
     "float8_e5m2": (5, 2),
 }
 """Exponent and mantissa bits."""
-_HIGHEST: Final = {"bfloat16": 60, "float16": 13, "float32": 60, "float8_e4m3fn": 7, "float8_e5m2": 13}
-"""Largest exponent of a row that is quantised."""
 
 
 def _log_thresholds() -> Ints:
@@ -133,12 +136,6 @@ def _scale(table: Floats, code: Any, power: Any) -> Floats:
     return np.asarray(np.ldexp(table[np.asarray(code) & 7], power), np.float32)
 
 
-def _exponents(x: Floats) -> Ints:
-    """floor(log2 |x|); -1000 for zero and denormals."""
-    field = (x.view(np.uint32) >> 23 & 255).astype(np.int64)
-    return np.where(field == 0, -1000, field - 127)
-
-
 @dataclass(eq=False, slots=True)
 class _Row:
     """A row on its way to (or from) its bytes: symbols `[tokens][64 G]` and what goes before them."""
@@ -159,24 +156,24 @@ def _step_code(ratio: int, offset: int, exponent: int, base: int) -> int:
 
 
 def _token_codes(x: Floats, offset: int, base: int) -> Ints:
-    exponents = _exponents(x).max(1)
+    most = exponents(x).max(1)
     least = base + 28 - 40
-    fixed = np.rint(x * np.ldexp(np.float32(1), 13 - exponents.clip(least))[:, None]).astype(np.int64)
+    fixed = np.rint(x * np.ldexp(np.float32(1), 13 - most.clip(least))[:, None]).astype(np.int64)
     sums, width = (fixed * fixed).sum(1), lg(x.shape[1])
     return np.array(
         [
             _step_code(lg(int(v)) - width, offset, int(e), base) if e >= least else 0
-            for v, e in zip(sums, exponents, strict=True)
+            for v, e in zip(sums, most, strict=True)
         ]
     )
 
 
 def _row_exponent(x: Floats, dtype: str) -> int | None:
     """E of docs/codec.md, or None where the row must stay raw."""
-    exponent = int(_exponents(x).max())
+    exponent = int(exponents(x).max())
     if exponent == -1000:
         return 0
-    return exponent if -60 <= exponent <= _HIGHEST[dtype] else None
+    return exponent if -60 <= exponent <= HIGHEST[dtype] else None
 
 
 def _predict(
@@ -197,8 +194,8 @@ def _predict(
     return moment, needed, gain
 
 
-def _quantise(x: Floats, mode: int, offset: int, dtype: str, spans: int) -> _Row | None:
-    """Modes 1 and 2; None where the row must stay raw."""
+def _quantise(x: Floats, mode: int, offset: int, dtype: str, spans: int, most: int = 32767) -> _Row | None:
+    """Modes 1 and 2, quantised to at most `most`; None where the row must stay raw."""
     n, channels = x.shape
     exponent = _row_exponent(x, dtype)
     if exponent is None:
@@ -212,7 +209,7 @@ def _quantise(x: Floats, mode: int, offset: int, dtype: str, spans: int) -> _Row
         codes = _token_codes(x, offset, base)
     inverse = _scale(_INVERSE, codes, -((codes >> 3) + base))[:, None]
     q = np.rint(x * inverse).astype(np.int64)
-    if np.abs(q).max() > 32767:
+    if np.abs(q).max() > most:
         return None
     q1, q2 = q.sum(0), (q * q).sum(0)
     anchor = (2 * q1 + n) // (2 * n) if mode == ANCHORED else np.zeros_like(q1)
@@ -377,7 +374,7 @@ def _sink_tokens(bits: NDArray[Any], shape: Shape, coding: Coding) -> int:
         if coding.modes[row] != PER_TOKEN:
             continue
         x = to_float(bits[row], shape.dtype)
-        yes = _exponents(x[:4]).max(1) == -1000
+        yes = exponents(x[:4]).max(1) == -1000
         exponent = _row_exponent(x, shape.dtype)
         if exponent is not None:
             codes = _token_codes(x[:24], 0, exponent - 28)
@@ -387,8 +384,8 @@ def _sink_tokens(bits: NDArray[Any], shape: Shape, coding: Coding) -> int:
     return int(flagged[-1]) + 1 if flagged.size else 0
 
 
-def encode(shape: Shape, coding: Coding, chunk: Bytes) -> Bytes:
-    """The blob of one chunk, given as its bytes."""
+def encode(shape: Shape, coding: Coding, chunk: Bytes, profile: Profile | None = None, start: int = 0) -> Bytes:
+    """The blob of one chunk, given as its bytes; with a profile, its first token is at position `start`."""
     coding = coding.checked(shape)
     bits = chunk.view(_UNSIGNED[shape.item]).reshape(shape.rows, shape.tokens, shape.channels)
     n_raw = _sink_tokens(bits, shape, coding) if coding.n_raw == AUTO else min(coding.n_raw, shape.tokens)
@@ -400,7 +397,13 @@ def encode(shape: Shape, coding: Coding, chunk: Bytes) -> Bytes:
         if len(coded) and mode == LOSSLESS:
             row = _lossless(coded, shape.dtype)
         elif len(coded) and mode != RAW:
-            row = _quantise(to_float(coded, shape.dtype), mode, int(coding.offsets[number]), shape.dtype, len(spans))
+            x, offset = to_float(coded, shape.dtype), int(coding.offsets[number])
+            if profile is None:
+                row = _quantise(x, mode, offset, shape.dtype, len(spans))
+            else:
+                components = transform(profile, number, x, start + n_raw, HIGHEST[shape.dtype])
+                if components is not None:
+                    row = _quantise(components, mode, offset, "float32", len(spans), MOST)
         rows.append(row)
     tiles: dict[tuple[int, int, int], Bytes] = {}
     for lossless in (False, True):
@@ -415,7 +418,7 @@ def encode(shape: Shape, coding: Coding, chunk: Bytes) -> Bytes:
                         tables.append(row.tables[part])
             if places:
                 tiles.update(zip(places, rans_encode(np.stack(symbols), np.stack(tables), lossless), strict=True))
-    parts, ends, at = [], [], 64 + align16(4 * shape.rows)
+    parts = []
     for number, row in enumerate(rows):
         plain = bits[number].reshape(-1).view(np.uint8)
         body, mode, code, base = plain, RAW, 0, 0
@@ -443,9 +446,8 @@ def encode(shape: Shape, coding: Coding, chunk: Bytes) -> Bytes:
         head["row"], head["mode"], head["code"], head["base"] = number, mode, code, base
         head["check"] = check64(out[8:])
         parts.append(out)
-        at += out.size
-        ends.append(at)
-    return np.concatenate([header(shape, coding.level, n_raw, coding.tile_tokens, np.array(ends)), *parts])
+    lengths = [part.size for part in parts]
+    return np.concatenate([header(shape, coding.level, n_raw, coding.tile_tokens, lengths, profile, start), *parts])
 
 
 class _Reader:
@@ -475,9 +477,11 @@ class _Opened:
     tiles: list[Bytes]
 
 
-def decode(shape: Shape, blob: Bytes, first_layer: int = 0, layers: int | None = None) -> Bytes:
+def decode(
+    shape: Shape, blob: Bytes, first_layer: int = 0, layers: int | None = None, profile: Profile | None = None
+) -> Bytes:
     """Bytes of `layers` layers (by default all from `first_layer` on). Raise `CodecError` for a damaged blob."""
-    info = parse(blob, shape)
+    info = parse(blob, shape, profile)
     count = shape.layers - first_layer if layers is None else layers
     begin, end = first_layer * shape.planes, (first_layer + count) * shape.planes
     out = np.zeros((end - begin, shape.tokens, shape.channels), _UNSIGNED[shape.item])
@@ -506,8 +510,11 @@ def decode(shape: Shape, blob: Bytes, first_layer: int = 0, layers: int | None =
                 rest = np.stack([_unpack_remainder(tile[128:skip], last - first, shape.dtype) for tile in tiles])
                 remainder[:, first:last] = _tokens_first(rest, width)
         for j, row in enumerate(chosen):
-            values = _restore(row, symbols[j], remainder[j], shape, info.tile_tokens)
-            out[row.number - begin, info.n_raw :] = values[:, : shape.channels]
+            if row.mode == LOSSLESS:
+                bits = _join(row, symbols[j], remainder[j], shape.dtype)
+            else:
+                bits = from_float(_restore(row, symbols[j], shape, info, profile), shape.dtype)
+            out[row.number - begin, info.n_raw :] = bits[:, : shape.channels]
     return out.reshape(-1).view(np.uint8)
 
 
@@ -553,23 +560,27 @@ def _open_row(shape: Shape, info: Parsed, number: int, row: Bytes, out: NDArray[
     return _Opened(number, mode, code, base, side, record, [row[a:b] for a, b in pairwise(starts)])
 
 
-def _restore(
-    row: _Opened, symbols: Ints, remainder: NDArray[np.uint32], shape: Shape, tile_tokens: int
-) -> NDArray[Any]:
-    """Elements of the coded tokens, padding channels included."""
-    if row.mode == LOSSLESS:
-        exponent_bits, mantissa_bits = _BITS[shape.dtype]
-        fields = (row.side - symbols) & ((1 << exponent_bits) - 1)
-        sign, mantissa = remainder >> mantissa_bits, remainder & ((1 << mantissa_bits) - 1)
-        bits = sign.astype(np.int64) << (exponent_bits + mantissa_bits) | fields << mantissa_bits | mantissa
-        return bits.astype(_UNSIGNED[shape.item])
+def _join(row: _Opened, symbols: Ints, remainder: NDArray[np.uint32], dtype: str) -> NDArray[Any]:
+    """Elements of the coded tokens of a lossless row, padding channels included."""
+    exponent_bits, mantissa_bits = _BITS[dtype]
+    fields = (row.side - symbols) & ((1 << exponent_bits) - 1)
+    sign, mantissa = remainder >> mantissa_bits, remainder & ((1 << mantissa_bits) - 1)
+    bits = sign.astype(np.int64) << (exponent_bits + mantissa_bits) | fields << mantissa_bits | mantissa
+    return bits.astype(_UNSIGNED[ITEM_BYTES[DTYPES[dtype]]])
+
+
+def _restore(row: _Opened, symbols: Ints, shape: Shape, info: Parsed, profile: Profile | None) -> Floats:
+    """Values of the coded tokens, padding channels included where there is no transform."""
     kind = row.record >> 5
     shift, gain = np.where(kind > 2, kind - 2, 0), np.where(kind < 3, kind, 0)
     if gain.any():
         for t in range(len(symbols)):
-            if t % tile_tokens:
+            if t % info.tile_tokens:
                 symbols[t] += (gain * symbols[t - 1] + 1) >> 1
     anchor = row.side.view("<i2").astype(np.int64) if row.mode == ANCHORED else 0
     codes = np.array([row.code]) if row.mode == ANCHORED else row.side.astype(np.int64)
     steps = _scale(_STEP, codes, (codes >> 3) + row.base)[:, None]
-    return from_float((symbols + anchor).astype(np.float32) * np.ldexp(steps, shift), shape.dtype)
+    if profile is not None and info.start >= 0:
+        q = ((symbols + anchor) << shift)[:, : shape.channels]
+        return untransform(profile, row.number, q, steps, info.start + info.n_raw)
+    return np.asarray((symbols + anchor).astype(np.float32) * np.ldexp(steps, shift))

@@ -10,6 +10,7 @@ import logging
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from time import monotonic
@@ -21,7 +22,7 @@ import pytest
 import torch
 from fake_sglang import PAGE, PAGES, MambaPoolHost, PoolHitPolicy, PoolName, PoolTransfer, indices_of
 
-from lmcache_core.adapters import _sglang_pools, _sglang_store
+from lmcache_core.adapters import _page_store, _sglang_pools
 from lmcache_core.build import build
 from lmcache_core.errors import ConfigError, Unsupported
 from lmcache_core.testing.faults import FaultInjector, Rates
@@ -480,7 +481,7 @@ def test_clear_forgets_and_keeps_apart(make: Make) -> None:
 @pytest.fixture
 def injector(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultInjector]:
     injector = FaultInjector({"disk": Rates()})
-    monkeypatch.setattr(_sglang_store, "build", lambda *args: build(*args, plugins=injector.plugins()))
+    monkeypatch.setattr(_page_store, "build", partial(build, plugins=injector.plugins()))
     yield injector
     injector.release()
 

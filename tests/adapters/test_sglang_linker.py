@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from fake_sglang import DIM, HEADS, LAYERS, PAGE, SLOTS, PoolName, PoolTransfer, indices_of
 
-from lmcache_core.adapters import _sglang_store
+from lmcache_core.adapters import _page_store
 from lmcache_core.adapters._sglang_pools import DevicePages
 from lmcache_core.build import build
 from lmcache_core.testing.faults import FaultInjector, Rates
@@ -126,7 +127,7 @@ def test_another_process_finds_them(make: Make) -> None:
 
 def test_nothing_is_promised_that_is_not_in_memory(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     injector = FaultInjector({"disk": Rates()})
-    monkeypatch.setattr(_sglang_store, "build", lambda *args: build(*args, plugins=injector.plugins()))
+    monkeypatch.setattr(_page_store, "build", partial(build, plugins=injector.plugins()))
     pool = MHATokenToKVPool()
     one = make(pool)
     stored(one, [0, 1])

@@ -1,0 +1,137 @@
+"""NIXL as a mover: a whole batch in one transfer, by its plugins POSIX (host memory) and GDS_MT or GDS (device memory).
+
+NIXL 1.5 says of a transfer that failed neither how far it came nor whether all of its I/O has ended. So the first one
+that fails ends the mover: closing the agent waits for what is under way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from time import sleep
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lmcache_backends.gds import cufile
+from lmcache_backends.gds.mover import Mover, MoverError, MoverLost, Piece
+from lmcache_core.protocols import Region
+
+_PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")
+_POLL_S = 50e-6
+
+
+class NixlMover(Mover):
+    name: ClassVar[str] = "NIXL"
+
+    def __init__(self) -> None:
+        self._agent_name = f"lmcache-{secrets.token_hex(8)}"
+        self._plugin_of: dict[bool, str] = {}
+        """In use, by whether it is for device memory."""
+        self._memory: list[tuple[Any, str]] = []
+
+    def start(self) -> str:
+        package = next((name for name in _PACKAGES if importlib.util.find_spec(name)), None)
+        if package is None:
+            raise MoverError("NIXL is not installed: pip install nixl, or use `mover: host`")
+        with _said(f"importing {package}"):
+            api = importlib.import_module(f"{package}._api")
+        with _said("starting an agent"):
+            config = api.nixl_agent_config(
+                enable_prog_thread=False, backends=[], sync_mode=api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+            )
+            self._agent = api.nixl_agent(self._agent_name, config)
+        self._create("POSIX")
+        self._plugin_of[False] = "POSIX"
+        return "plugin POSIX"
+
+    def register(self, region: Region) -> None:
+        on_device = region.device is not None
+        if on_device and True not in self._plugin_of:
+            self._plugin_of[True] = self._device_plugin()
+        plugin = self._plugin_of[on_device]
+        with _said("registering memory"):
+            description = [(region.address, region.nbytes, region.device or 0, "")]
+            self._memory.append((self._agent.register_memory(description, _kind(region), [plugin]), plugin))
+
+    def open(self, fd: int) -> tuple[int, dict[str, Any]]:
+        files = {}
+        for plugin in self._plugin_of.values():
+            with _said("registering a file"):
+                description = [(0, os.fstat(fd).st_size, fd, "")]
+                files[plugin] = self._agent.register_memory(description, "FILE", [plugin])
+        return fd, files
+
+    def shut(self, file: tuple[int, dict[str, Any]]) -> None:
+        for plugin, registered in file[1].items():
+            self._agent.deregister_memory(registered, [plugin])
+
+    def move(self, pieces: Sequence[Piece], *, write: bool) -> list[MoverError | None]:
+        results: list[MoverError | None] = [None] * len(pieces)
+        for on_device, plugin in tuple(self._plugin_of.items()):
+            mine = [i for i, piece in enumerate(pieces) if (piece.region.device is not None) == on_device]
+            if mine:
+                try:
+                    self._transfer(plugin, [pieces[i] for i in mine], write=write)
+                except MoverError as error:
+                    for i in mine:
+                        results[i] = error
+        return results
+
+    def close(self) -> None:
+        for registered, plugin in self._memory:
+            self._agent.deregister_memory(registered, [plugin])
+        self._memory = []
+        del self._agent
+
+    def _transfer(self, plugin: str, pieces: list[Piece], *, write: bool) -> None:
+        agent = self._agent
+        with _said("preparing a transfer"):
+            memory = [(piece.address, piece.nbytes, piece.region.device or 0) for piece in pieces]
+            file = [(piece.offset, piece.nbytes, piece.file[0]) for piece in pieces]
+            handle = agent.initialize_xfer(
+                "WRITE" if write else "READ",
+                agent.get_xfer_descs(np.array(memory, np.uint64), _kind(pieces[0].region)),
+                agent.get_xfer_descs(np.array(file, np.uint64), "FILE"),
+                self._agent_name,
+                b"",
+                [plugin],
+            )
+        with _said(f"a transfer by {plugin}", MoverLost):
+            state = agent.transfer(handle)
+            while state == "PROC":
+                sleep(_POLL_S)
+                state = agent.check_xfer_state(handle)
+            handle.release()
+        if state != "DONE":
+            raise MoverLost(f"NIXL: a transfer by {plugin} ended as {state}")
+
+    def _device_plugin(self) -> str:
+        """GDS_MT, or GDS; both open the cuFile driver in this process, so that must have been seen to work."""
+        cufile.probe(cufile.load())
+        try:
+            return self._create("GDS_MT")
+        except MoverError:
+            return self._create("GDS")
+
+    def _create(self, plugin: str) -> str:
+        with _said(f"starting plugin {plugin}"):
+            self._agent.create_backend(plugin, {})
+        return plugin
+
+
+def _kind(region: Region) -> str:
+    return "DRAM" if region.device is None else "VRAM"
+
+
+@contextlib.contextmanager
+def _said(what: str, kind: type[MoverError] = MoverError) -> Iterator[None]:
+    """Turn what NIXL raises, classes of its own below `Exception`, into a `MoverError`."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"NIXL: {what}: {type(error).__name__}: {error}") from None

