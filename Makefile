@@ -26,7 +26,7 @@ CSRC   := $(shell find csrc -type f 2>/dev/null) lmcache_serde/cachegen/tables.i
 export OMP_WAIT_POLICY ?= passive
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-vllm test lint format bench bench-peer bench-docs gpu soak soak-codec sglang test-sglang clean distclean model system vllm-long vllm-versions
+.PHONY: help install demo demo-vllm test lint format bench bench-peer bench-serving bench-docs gpu soak soak-codec sglang test-sglang clean distclean model system vllm-long vllm-versions
 
 help:
 	@echo "make demo        cold, from DRAM, after a restart from disk: on a real model, in minutes"
@@ -35,6 +35,7 @@ help:
 	@echo "make test        ruff, mypy --strict and all tests        make lint    the first two only"
 	@echo "make bench       the tiers against memcpy and fio         make soak    the long crash runs"
 	@echo "make bench-peer  the same beside LMCache 0.5.6           make bench-docs  all of it, into docs/benchmarks.md"
+	@echo "make bench-serving  vLLM's server with us, without, with its own offloading, with LMCache"
 	@echo "make vllm-long    longer runs of vLLM                     make vllm-versions  the adapter on older releases of vLLM"
 	@echo "make sglang      SGLang for the CPU in .venv-sglang   make test-sglang    the adapter in the real engine, two processes"
 	@echo "make gpu         on a GPU: build, test, measure, into docs/benchmarks-gpu.md"
@@ -135,6 +136,9 @@ $(PEER)/.installed: requirements/peer.txt | $(STAMPS)/venv
 
 bench-peer: install $(PEER)/.installed
 	$(BIN)/python benchmarks/against_lmcache.py --peer-python $(PEER)/bin/python $(ARGS)
+
+bench-serving: install $(PEER)/.installed
+	PEER_PYTHON=$(PEER)/bin/python $(BIN)/python benchmarks/run.py --only multi-round-qa --only long-doc-qa $(ARGS)
 
 bench-docs: install $(PEER)/.installed
 	PEER_PYTHON=$(PEER)/bin/python $(BIN)/python benchmarks/run.py $(ARGS)

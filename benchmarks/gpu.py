@@ -22,16 +22,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+
+from gpu_page import TOLD, Result, page
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "gpu.json", ROOT / "docs" / "benchmarks-gpu.md"
 NEEDED = ("numpy", "torch", "xxhash", "pluggy", "pydantic", "yaml", "rich", "zstandard", "pytest", "hypothesis")
 GIB, GB = 1 << 30, 1e9
 
-Result = dict[str, Any]
+Done = Callable[[Result], None]
+"""Told of what a section has measured so far: what it has when it fails, or runs out of time, counts."""
 
 
 class NotPossible(Exception):
@@ -142,18 +145,28 @@ class Bench:
         return self.torch.empty(nbytes, dtype=self.torch.uint8, device="cuda")
 
 
-def limits(bench: Bench) -> Result:
-    """What plain copies reach: the ceilings of everything below."""
+def limits(bench: Bench, done: Done) -> None:
+    """What plain copies reach: the ceilings of everything below. Also of host memory as the `cpu` backend has it."""
+    from lmcache_backends.cpu import CpuMemory
+
     size = GIB
-    host, device, other = bench.empty(size, pinned=True), bench.empty(size), bench.empty(size)
+    device, other = bench.empty(size), bench.empty(size)
     device.random_(0, 256)
-    host.copy_(device)
-    rates = {
-        "to_host": size / bench.seconds(lambda: host.copy_(device, non_blocking=True)),
-        "to_device": size / bench.seconds(lambda: device.copy_(host, non_blocking=True)),
-        "on_device": size / bench.seconds(lambda: other.copy_(device)),
-    }
-    return {f"{name}_gb_s": rate / GB for name, rate in rates.items()}
+    arena = CpuMemory(pin=True, shared=True, gpu=0)
+    region = arena.allocate(size)
+    result: Result = {"arena_remark": region.remark, "arena_pinned": region.pinned}
+    hosts = {"": bench.empty(size, pinned=True), "arena_": bench.torch.frombuffer(region.view, dtype=bench.torch.uint8)}
+    for name, host in hosts.items():
+        host.copy_(device)
+        works = {
+            "to_host": lambda h=host: h.copy_(device, non_blocking=True),
+            "to_device": lambda h=host: device.copy_(h, non_blocking=True),
+        }
+        result |= {f"{name}{way}_gb_s": size / bench.seconds(work) / GB for way, work in works.items()}
+    result["on_device_gb_s"] = size / bench.seconds(lambda: other.copy_(device)) / GB
+    done(result)
+    bench.torch.cuda.synchronize()
+    arena.close()
 
 
 def _shape() -> tuple[Any, Any]:
@@ -176,7 +189,7 @@ def _ring(memory: Any) -> Iterator[Any]:
         ring.close()
 
 
-def pages(bench: Bench, ceiling: Result) -> list[Result]:
+def pages(bench: Bench, done: Done, ceiling: Result) -> None:
     """Gather and scatter of 16 chunks, for two layouts, every path, slots pinned and on the device."""
     import numpy as np
 
@@ -203,7 +216,8 @@ def pages(bench: Bench, ceiling: Result) -> list[Result]:
             slots = bench.empty(nbytes, pinned=pinned)
             addresses = slots.data_ptr() + np.arange(count) * layout.chunk_bytes
             for name, (geometry, base) in layouts.items():
-                ways = [How(bench.handle), How(bench.handle, ctas=32), How(bench.handle, path="staged", ring=ring)]
+                ways = [How(bench.handle), How(bench.handle, path="staged", ring=ring)]
+                ways += [How(bench.handle, ctas=n) for n in (4, 8, 16, 32, 64)] if pinned else []
                 if geometry.planes[0].dims[-1].page_stride == geometry.planes[0].run_bytes:
                     ways.append(How(bench.handle, path="engine"))
                 for how in ways:
@@ -216,7 +230,152 @@ def pages(bench: Bench, ceiling: Result) -> list[Result]:
                         limit = ceiling[f"{link if pinned else 'on_device'}_gb_s"]
                         row |= {f"{verb}_gb_s": rate, f"{verb}_of_limit": rate / limit}
                     rows.append(row)
-    return rows
+                    done({"rows": rows})
+
+
+def tier(bench: Bench, done: Done, ceiling: Result) -> None:
+    """What the GPU tier adds: the ways between pages, places and host memory, for 64 chunks."""
+    import numpy as np
+
+    from lmcache_core.build import build
+    from lmcache_core.config import load
+    from lmcache_core.copies import PageGeometry
+    from lmcache_core.gpu import GpuPagedKV, How
+    from lmcache_core.pipeline import Lease, Reservation
+    from lmcache_core.types import ChunkKey
+
+    layout, _ = _shape()
+    count = 64
+    nbytes = count * layout.chunk_bytes
+    memory = bench.empty(nbytes)
+    memory.random_(0, 256)
+    bases = memory.data_ptr() + np.arange(64).reshape(32, 2).T * (nbytes // 64)
+    blocks = count * layout.blocks
+    paged = GpuPagedKV(bases, PageGeometry.nhd(layout), blocks, how=How(bench.handle), owner=memory)
+    ids = np.random.default_rng(0).permutation(blocks).reshape(count, -1)
+    bench.torch.cuda.synchronize()
+    tiers = [
+        {"name": "hbm", "capacity": nbytes, "backend": {"type": "gpu"}},
+        {"name": "dram", "capacity": nbytes + count * (1 << 16), "backend": {"type": "cpu"}},
+    ]
+    names = [ChunkKey(b"benchmark-------" + i.to_bytes(16, "big")) for i in range(count)]
+
+    def save(room: Reservation) -> None:
+        paged.gather(ids[room.positions], room.on_device(bench.handle))
+
+    def load_(lease: Lease) -> None:
+        paged.scatter(ids[: len(lease)], lease.on_device(bench.handle))
+
+    def timed(work: Callable[[], object]) -> float:
+        bench.torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        bench.stream.synchronize()
+        return time.perf_counter() - start
+
+    times: dict[str, list[float]] = {}
+    before = memory.sum(dtype=bench.torch.int64).item()
+    with closing(build(load({"chunk_tokens": layout.chunk_tokens, "tiers": tiers}).config, layout)) as pipeline:
+        for _ in range(bench.repeat):
+            start = time.perf_counter()
+            times.setdefault("store: pages are free", []).append(timed(lambda: pipeline.store(names, save)))
+            pipeline.flush(60)
+            times.setdefault("store: all is in host memory", []).append(time.perf_counter() - start)
+            for name, clear in (("load from the GPU tier", ""), ("load from host memory", "hbm")):
+                if clear:
+                    pipeline.clear(clear)
+                with pipeline.retrieve(names) as lease:
+                    times.setdefault(name, []).append(timed(lambda held=lease: load_(held)))
+            pipeline.flush(60)
+            pipeline.clear()
+    same = before == memory.sum(dtype=bench.torch.int64).item()
+    rates = {name: nbytes / statistics.median(taken) / GB for name, taken in times.items()}
+    done({"rows": [{"what": name, "gb_s": rate} for name, rate in rates.items()], "same_bytes": same})
+
+
+SHAPES: dict[str, dict[str, int]] = {
+    "8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1024,
+    },
+}  # fmt: skip
+"""Of Llama models; `8b` is Llama-3.1-8B's."""
+
+
+class _Clock:
+    """When `generate` gave out the prompt, and each token: a streamer of Transformers."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: object) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def ttft(done: Done, shape: str, lengths: list[int], repeat: int, device: str) -> None:
+    """Seconds to the first of 8 greedy tokens after prompts of random tokens, by a model of random weights: computed,
+    and with the prompt in each tier."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lmcache_core.adapters.transformers import attach
+
+    torch.manual_seed(0)
+    on_gpu = device == "cuda"
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=1 << 17, rope_parameters=rope, dtype=torch.bfloat16)
+    with torch.device(device):
+        before, _ = torch.get_default_dtype(), torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(config).eval()
+        torch.set_default_dtype(before)
+    model.generation_config.eos_token_id = None
+
+    def generate(ids: Any) -> tuple[float, list[int]]:
+        if on_gpu:
+            torch.cuda.synchronize()
+        clock, start = _Clock(), time.perf_counter()
+        mask = torch.ones_like(ids)
+        options = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "streamer": clock}
+        tokens = model.generate(ids, attention_mask=mask, **options)
+        return clock.times[1] - start, tokens[0, ids.shape[1] :].tolist()
+
+    size = SHAPES[shape]
+    chunk = 256 * 2 * 2 * size["num_hidden_layers"] * size["num_key_value_heads"] * size["head_dim"]
+    room = (max(lengths) // 256 + 4) * (chunk + 8192)
+    names = ["hbm", "dram", "disk"][0 if on_gpu else 1 :]
+    with tempfile.TemporaryDirectory(prefix="lmcache-ttft-") as directory:
+        backends = {"hbm": {"type": "gpu"}, "dram": {"type": "cpu"}, "disk": {"type": "gds", "path": f"{directory}/kv"}}
+        lane = {"deadline": "60s"}
+        tiers = [{"name": n, "capacity": room, "backend": backends[n], "lane": lane} for n in names]
+        rows: list[Result] = []
+        with attach(model, {"chunk_tokens": 256, "tiers": tiers}) as handle:
+            generate(torch.randint(3, 1000, (1, 300), device=device))
+            for length in lengths:
+                ids = torch.randint(3, 1000, (1, length), device=device)
+                row: Result = {"tokens": length}
+                handle.pipeline.clear()
+                row["cold_s"], expected = generate(ids)
+                handle.pipeline.flush(120)
+                for name in names:
+                    times, same = [], True
+                    for _ in range(repeat):
+                        if name != names[0]:
+                            handle.pipeline.clear("hbm" if name == "dram" else "dram")
+                        seconds, tokens = generate(ids)
+                        handle.pipeline.flush(120)
+                        times.append(seconds)
+                        same &= tokens == expected
+                        row[f"{name}_sources"] = sorted(set(handle.last.sources))
+                    row |= {f"{name}_s": statistics.median(times), f"{name}_tokens_equal": same}
+                rows.append(row)
+                done({"shape": shape, "device": device, "tiers": names, "rows": rows})
 
 
 def _like_kv(bench: Bench, shape: Any, count: int) -> Any:
@@ -231,7 +390,7 @@ def _like_kv(bench: Bench, shape: Any, count: int) -> Any:
     return noise.mul_(scale.bfloat16()).add_(offset.bfloat16())
 
 
-def codec(bench: Bench, ceiling: Result, *, quick: bool) -> Result:
+def codec(bench: Bench, done: Done, ceiling: Result, *, quick: bool) -> None:
     """Encode and decode at `balanced` and `lossless`, and how few thread blocks keep up with the link."""
     import numpy as np
 
@@ -282,78 +441,64 @@ def codec(bench: Bench, ceiling: Result, *, quick: bool) -> Result:
                 out["needed_gb_s"] = row["ratio"] * ceiling["to_device_gb_s"]
                 enough = [r["ctas"] for r in out["by_ctas"] if r["decode_gb_s"] >= out["needed_gb_s"]]
                 out["ctas_needed"] = enough[0] if enough else None
-    return out
+            done(out)
 
 
-# -- telling --
+# -- running --
 
 
-def page(result: Result) -> str:
-    """docs/benchmarks-gpu.md."""
-    limit, tests, coded = result["limits"], result["tests"], result["codec"]
-    lines = [
-        "# Benchmarks on a GPU",
-        "",
-        f"{result['device']}, driver {result['driver']}, CUDA {result['cuda']}, PyTorch {result['torch']};",
-        f"{result['date']}; `make gpu`. Medians; GB/s are 10^9 bytes of bfloat16 a second.",
-        "",
-        f"`tests/gpu`: {tests['summary']}. Plain copies of 1 GiB: {limit['to_host_gb_s']:.1f} GB/s to pinned memory,",
-        f"{limit['to_device_gb_s']:.1f} from it, {limit['on_device_gb_s']:.0f} on the device.",
-        "",
-        "## Pages and slots",
-        "",
-        "16 chunks of 256 tokens of a Llama-3.1-8B (512 MiB), random blocks of 16 tokens. In brackets, the part of the",
-        "plain copy.",
-        "",
-        "| slots | layout | path | gather | scatter |",
-        "|---|---|---|---|---|",
-    ]
-    for row in result["pages"]:
-        path = row["path"] + (f", {row['ctas']} blocks" if row["ctas"] else "")
-        cells = [f"{row[f'{verb}_gb_s']:.1f} ({row[f'{verb}_of_limit']:.2f})" for verb in ("gather", "scatter")]
-        lines.append(f"| {row['slots']} | {row['layout']} | {path} | {cells[0]} | {cells[1]} |")
-    lines += [
-        "",
-        "## Codec",
-        "",
-        "The same chunks, of random numbers with a model's offsets and scales: the ratio is not a model's.",
-        "",
-        "| level | chunks | ratio | encode GB/s | decode GB/s | encode us | decode us |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in coded["rows"]:
-        cells = [f"{row[name]:.0f}" for name in ("encode_gb_s", "decode_gb_s", "encode_us", "decode_us")]
-        lines.append(f"| {row['level']} | {row['chunks']} | {row['ratio']:.2f} | {' | '.join(cells)} |")
-    equal = all(row.get("equals_host", True) and row["status_ok"] for row in coded["rows"])
-    steps = ", ".join(f"{row['ctas']}: {row['decode_gb_s']:.0f}" for row in coded["by_ctas"])
-    needed = coded["ctas_needed"] or "more than 128"
-    lines += [
-        "",
-        f"Bytes and values equal to the host's: {'yes' if equal else 'NO'}. Decode GB/s by thread blocks (one for a",
-        f"multiprocessor): {steps}. To keep up with the link ({coded['needed_gb_s']:.0f} GB/s decoded): {needed}.",
-        "",
-    ]
-    return "\n".join(lines)
+def measure(given: argparse.Namespace) -> None:
+    """One section, in a process of its own: what a kernel does to its context cannot spoil the others."""
+
+    def done(result: Result) -> None:
+        part = given.into.with_suffix(".part")
+        part.write_text(json.dumps(result))
+        part.replace(given.into)
+
+    if given.section == "ttft":
+        lengths = [int(length) for length in given.lengths.split(",")]
+        return ttft(done, given.shape, lengths, 1 if given.quick else 3, given.device)
+    bench, ceiling = Bench(given.quick), {}
+    limits(bench, done if given.section == "limits" else ceiling.update)
+    if given.section == "pages":
+        pages(bench, done, ceiling)
+    elif given.section == "tier":
+        tier(bench, done, ceiling)
+    elif given.section == "codec":
+        codec(bench, done, ceiling, quick=given.quick)
+    return None
 
 
-def measure(quick: bool, tests: Result) -> Result:
+def run_section(name: str, timeout_s: float, options: list[str]) -> Result:
+    """What one section measured, and why it has no more."""
+    with tempfile.TemporaryDirectory() as directory:
+        into = Path(directory) / "result.json"
+        command = [sys.executable, __file__, "--section", name, "--into", str(into), *options]
+        error = ""
+        start = time.perf_counter()
+        try:
+            ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, timeout_s))
+            if ran.returncode:
+                print(ran.stderr[-4000:], file=sys.stderr)
+                error = (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
+        except subprocess.TimeoutExpired:
+            error = f"no time left after {timeout_s:.0f} s (--budget)"
+        result = json.loads(into.read_text()) if into.is_file() else {}
+        return {"result": result, "error": error, "took_s": round(time.perf_counter() - start, 1)}
+
+
+def machine(device: str) -> Result:
     import torch
 
-    bench = Bench(quick)
-    ceiling = limits(bench)
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which("nvidia-smi") else "?"
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU",
         "driver": driver.splitlines()[0] if driver else "?",
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "machine": platform.platform(),
         "date": time.strftime("%Y-%m-%d"),
-        "tests": tests,
-        "limits": ceiling,
-        "pages": pages(bench, ceiling),
-        "codec": codec(bench, ceiling, quick=quick),
     }
 
 
@@ -367,17 +512,29 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, no batch of 64 chunks")
     parser.add_argument("--wheels", type=Path, help="directory of wheels with the Python packages that are missing")
     parser.add_argument("--out", type=Path, help="write gpu.json and benchmarks-gpu.md there instead")
+    parser.add_argument("--budget", type=float, default=1500, help="seconds for tests and measurements together")
+    parser.add_argument("--sections", default=",".join(TOLD), help="which to measure, in this order")
+    parser.add_argument("--shape", choices=SHAPES, default="8b", help="of the model of `ttft`")
+    parser.add_argument("--lengths", default="4096,8192,16384,32768,65536", help="prompts of `ttft`, in tokens")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: `ttft` alone, to try it")
+    parser.add_argument("--section", choices=TOLD, help=argparse.SUPPRESS)
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     sys.path.insert(0, str(ROOT))
+    if given.section:
+        measure(given)
+        return 0
+    end = time.monotonic() + given.budget
     try:
         if given.wheels:
             site = unpack(given.wheels)
             os.environ["PYTHONPATH"] += os.pathsep + site
             sys.path.append(site)
-        if not given.no_build:
-            print(f"built csrc in {build():.0f} s")
-        require()
+        if given.device == "cuda":
+            if not given.no_build:
+                print(f"built csrc in {build():.0f} s")
+            require()
     except NotPossible as problem:
         print(f"nothing was measured: {problem}", file=sys.stderr)
         return 2
@@ -386,18 +543,23 @@ def main() -> int:
         tests = run_tests(540, given.sanitize)
         print(f"tests/gpu under {given.sanitize}: {tests['summary']}")
         return 0 if tests["passed"] else 1
-    if not given.no_tests:
-        tests = run_tests(240)
+    if not given.no_tests and given.device == "cuda":
+        tests = run_tests(min(240, given.budget / 3))
         print(f"tests/gpu: {tests['summary']}")
-    result = measure(given.quick, tests)
+    result: Result = {**machine(given.device), "tests": tests, "sections": {}}
     table, numbers = PAGE, RESULTS
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
         table, numbers = given.out / PAGE.name, given.out / RESULTS.name
-    numbers.write_text(json.dumps(result, indent=1) + "\n")
-    table.write_text(page(result))
+    options = ["--shape", given.shape, "--lengths", given.lengths, "--device", given.device]
+    for name in ["ttft"] if given.device == "cpu" else given.sections.split(","):
+        found = run_section(name, end - time.monotonic(), options + (["--quick"] if given.quick else []))
+        print(f"{name}: {found['took_s']} s{', ' if found['error'] else ''}{found['error']}")
+        result["sections"][name] = found
+        numbers.write_text(json.dumps(result, indent=1) + "\n")  # after each: whoever is cut off has the others
+        table.write_text(page(result))
     print(page(result))
-    return 0 if tests["passed"] else 1
+    return 0 if tests["passed"] and not any(found["error"] for found in result["sections"].values()) else 1
 
 
 if __name__ == "__main__":

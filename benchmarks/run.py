@@ -1,6 +1,6 @@
 """Run the benchmarks and write their tables into docs/benchmarks.md and README.md, each with date, machine and command.
 
-    python benchmarks/run.py                        everything this environment can run
+    python benchmarks/run.py                        everything this environment can run, but serving
     python benchmarks/run.py --only tiers --quick   one of them
     python benchmarks/run.py --render               tables again from the stored results, nothing measured
 
@@ -22,6 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lmcache_core.cli import bench_serving
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -71,13 +73,21 @@ BENCHMARKS: dict[str, Benchmark] = {
         [*LMCACHECTL, "demo", "--engine", "vllm", "--json"], "lmcachectl demo --engine vllm", _needs("torch", "vllm")
     ),
 }
+SERVING = tuple(bench_serving.SHAPES)
+"""Run when asked for only: in full they take most of an hour."""
+for _shape in SERVING:
+    BENCHMARKS[_shape] = Benchmark(
+        [*LMCACHECTL, "bench", "serving", "--shape", _shape, "--json", "--peer-python", str(PEER_PYTHON)],
+        f"lmcachectl bench serving --shape {_shape}",
+        _needs("torch", "vllm"),
+    )
 BACKENDS = {"gds": 0.9, "redis": 0.8, "fsspec": 0.9, "s3": 0.9, "mooncake": 0.9}
 """Media that are measured against the best client of their own, with the ratio that is the goal."""
 for _type in BACKENDS:
     BENCHMARKS[_type] = Benchmark(
         [*LMCACHECTL, "bench", "backend", _type, "--json"], f"lmcachectl bench backend {_type}", lambda: None
     )
-QUICK = ("tiers", "lmcache", *BACKENDS)
+QUICK = ("tiers", "lmcache", *SERVING, *BACKENDS)
 """Benchmarks that know --quick."""
 
 
@@ -211,6 +221,15 @@ def backends_table(results: Mapping[str, Result]) -> str:
     return f"{commands} on {machine}\n\n{grid(head, rows)}"
 
 
+def serving_table(results: Mapping[str, Result]) -> str:
+    """Every system that served, for each shape."""
+    blocks = []
+    for result in (results[shape] for shape in SERVING if shape in results):
+        head, *rows = bench_serving.rows(result)
+        blocks.append("\n\n".join([where(result), grid(head, rows), *bench_serving.notes(result)]))
+    return "\n\n".join(blocks)
+
+
 def readme_table(results: Mapping[str, Result]) -> str:
     """The short version."""
     blocks = []
@@ -230,7 +249,7 @@ def readme_table(results: Mapping[str, Result]) -> str:
 
 def tables(results: Mapping[str, Result]) -> dict[str, str]:
     """Every table whose results are there, by the name of its place."""
-    made = {"readme": readme_table(results), "ttft": ttft_table(results)}
+    made = {"readme": readme_table(results), "ttft": ttft_table(results), "serving": serving_table(results)}
     if "tiers" in results:
         made["tiers"] = tiers_table(results["tiers"])
     if "lmcache" in results:
@@ -262,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--render", action="store_true", help="measure nothing")
     args = parser.parse_args(argv)
     if not args.render:
-        for name in args.only or BENCHMARKS:
+        for name in args.only or [name for name in BENCHMARKS if name not in SERVING]:
             lacking = BENCHMARKS[name].missing()
             if lacking is None:
                 measure(name, quick=args.quick)

@@ -78,8 +78,9 @@ class Books:
                 share.used = 0
 
     def parts(self, objects: Sequence[tuple[ChunkKey, int]]) -> list[list[int]]:
-        """How to put objects, given with their bytes: their positions in parts of at most a quarter of the tier, so that
-        its threads do not take each other's room. With quotas, of the tenant's part of it, and a part is one tenant's."""
+        """How to put objects, given with their bytes: positions, in parts of at most a quarter of the tier, so that its
+        threads do not take each other's room. With quotas, a part is one tenant's, and at most a quarter of its quota.
+        """
         quarter = None if self.capacity is None or self.index is None else self.capacity // 4
         owners = [None if self.shares is None else self.shares.of(key) for key, _ in objects]
         parts: list[list[int]] = []

@@ -146,7 +146,7 @@ def _tenancy(config: TenancyConfig | None, problems: list[Problem]) -> Tenancy |
             fix = f"put at least {MIN_SECRET} random characters there, readable by this process"
             problems.append(Problem(where="build", path="tenancy.secret_file", what=what, fix=fix))
             return None
-    return Tenancy(secret, config.quota, config.quotas)
+    return Tenancy(secret, config.quota, config.quotas, config.unmetered)
 
 
 def _check_quotas(tenancy: Tenancy | None, config: PipelineConfig, layout: KVLayout, problems: list[Problem]) -> None:
@@ -154,6 +154,14 @@ def _check_quotas(tenancy: Tenancy | None, config: PipelineConfig, layout: KVLay
     if tenancy is None or config.tenancy is None:
         return
     slot = round_up(object_bytes(layout.chunk_bytes))
+    storage = [tier.name for tier in config.host_tiers[1:]]
+    for name in config.tenancy.unmetered:
+        if name not in storage:
+            fix = f"storage tiers are: {', '.join(storage) or 'none'}"
+            problems.append(Problem(where="build", path="tenancy.unmetered", what=f"no tier `{name}`", fix=fix))
+    for tier in config.host_tiers[1:]:
+        if tier.capacity is None and tenancy.limits(tier.name):
+            problems.append(_unmetered(tier, "capacity", "it has no capacity, so nobody counts what is stored there"))
     named = {"quota": "", **{f"quotas.{name}": name for name in config.tenancy.quotas}}
     for path, tenant in named.items():
         for tier in config.host_tiers:
@@ -164,9 +172,20 @@ def _check_quotas(tenancy: Tenancy | None, config: PipelineConfig, layout: KVLay
                 problems.append(Problem(where="build", path=f"tenancy.{path}", what=what, fix=fix))
 
 
+def _unmetered(tier: TierConfig, field: str, what: str) -> Problem:
+    return Problem(
+        where="build",
+        path=f"tiers.{tier.name}.{field}",
+        what=what,
+        why="the quotas of `tenancy` cannot be kept in this tier: one tenant could crowd out the others",
+        fix=f"give it a capacity, where its backend counts (gds, fsspec, s3), or accept that with `unmetered: "
+        f"[{tier.name}]` in `tenancy`",
+    )
+
+
 def _shared(tier: TierConfig, tenancy: Tenancy | None, capacity: int | None, unit: int) -> Shares | None:
     """An eviction policy for each tenant, in units of so many bytes; None without quotas, or without a capacity."""
-    if tenancy is None or not tenancy.limited or capacity is None:
+    if tenancy is None or not tenancy.limits(tier.name) or capacity is None:
         return None
 
     def quota(tenant: str) -> int | None:
@@ -422,6 +441,10 @@ def _tier(
     except _PLUGIN_ERRORS as error:
         raise PluginError(f"tier `{config.name}`: reading what is stored failed: {_said(error)}") from error
     opened[opened.index(backend)] = built
+    if isinstance(tier.eviction, Shares) and built.books.shares is None:
+        raise ConfigError(
+            [_unmetered(config, "backend", f"backend `{config.backend.type}` keeps its own books and evicts by itself")]
+        )
     return built
 
 

@@ -1,4 +1,4 @@
-"""The doorway between memory and a medium: chunks are sealed, and perhaps encoded, on their way out, checked on their way in."""
+"""The doorway between memory and a medium: chunks leave it sealed, perhaps encoded, and are checked on their way in."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from lmcache_core.build import build
 from lmcache_core.config import PipelineConfig, load
 from lmcache_core.copies import PagedKV, PageGeometry
 from lmcache_core.errors import ConfigError, LMCacheError
+from lmcache_core.gpu import GpuPagedKV, How
 from lmcache_core.identity import Identity, fingerprint_weights
 from lmcache_core.keys import TokenChain, Tokens, as_int32
 from lmcache_core.layout import DTYPE_BYTES, KVLayout
@@ -45,6 +46,8 @@ KV = Sequence[Any] | Any
 `hnd`, heads come before tokens. Plane 0 is K, plane 1 is V; an MLA latent has plane 0 only."""
 
 _THREADS = min(8, len(os.sched_getaffinity(0)))
+_LANDING_S = 10.0
+"""How long `put` waits for what a GPU still has to bring to host memory."""
 _HEAD = struct.Struct("<8sQ32s")
 """Magic, number of tokens, SHA-256 of the token ids; int32 little-endian ids follow."""
 _MAGIC = b"LMCNAME1"
@@ -182,7 +185,7 @@ class CacheEngine:
         chain = TokenChain(self.identity)
         ids = as_int32(tokens)
         chain.extend(ids)
-        theirs = _Tensors(self.pipeline.layout, self.order, kv, ids.size, blocks, slots)
+        theirs = self._given(kv, ids.size, blocks, slots)
         return self.pipeline.store(chain.keys, theirs.save) * self.chunk_tokens
 
     def lookup(self, tokens: Tokens, *, timeout: float | None = None) -> Found:
@@ -208,12 +211,13 @@ class CacheEngine:
         """Copy the KV of the longest stored prefix into the caller's tensors; how much that was. The rest is untouched.
 
         `into`, `blocks` and `slots` are as for `store`, with room for the whole chunks of `tokens`. Give
-        `tokens[:-1]` to leave the last token to be computed. Waits at most the tiers' deadline or `timeout` seconds.
+        `tokens[:-1]` to leave the last token to be computed. With a GPU tier, tensors on its device are written by work
+        on torch's current stream. Waits at most the tiers' deadline or `timeout` seconds.
         """
         ids = as_int32(tokens)
         keys = TokenChain(self.identity).extend(ids)
         room = len(keys) * self.chunk_tokens
-        theirs = _Tensors(self.pipeline.layout, self.order, into, room, blocks, slots, write=True)
+        theirs = self._given(into, room, blocks, slots, write=True)
         with self.pipeline.retrieve(keys, timeout) as lease:
             theirs.load(lease)
             return Found(len(lease) * self.chunk_tokens, tuple(lease.sources), lease.reason)
@@ -233,7 +237,7 @@ class CacheEngine:
         if _HEAD.size + ids.nbytes > self.pipeline.layout.chunk_bytes:
             most = (self.pipeline.layout.chunk_bytes - _HEAD.size) // ids.itemsize
             raise ValueError(f"{name!r} has {ids.size} tokens; a name's ids must fit one chunk: at most {most}")
-        theirs = _Tensors(self.pipeline.layout, self.order, kv, ids.size, blocks, slots)
+        theirs = self._given(kv, ids.size, blocks, slots)
         head, keys = self._head_key(name), self._keys(ids)
         before = self._tokens(head, None)
         if before is not None and not np.array_equal(before, ids):
@@ -248,6 +252,8 @@ class CacheEngine:
             view[len(content) :] = bytes(len(view) - len(content))
 
         self.pipeline.store([head], fill)
+        if self.pipeline.mirror is not None:
+            self.pipeline.mirror.drain(_LANDING_S)
         return self._present([head]) and self._present(keys)
 
     def get(
@@ -268,7 +274,7 @@ class CacheEngine:
         if ids is None:
             return None
         kv = self._empty(ids.size) if into is None else into
-        theirs = _Tensors(self.pipeline.layout, self.order, kv, ids.size, blocks, slots, write=True)
+        theirs = self._given(kv, ids.size, blocks, slots, write=True)
         keys = self._keys(ids)
         with self.pipeline.retrieve(keys, timeout) as lease:
             if len(lease) < len(keys):
@@ -323,6 +329,13 @@ class CacheEngine:
             return None
         return np.frombuffer(raw, "<i4").astype(np.int32)
 
+    def _given(
+        self, kv: KV, tokens: int, blocks: ArrayLike | None, slots: ArrayLike | None, *, write: bool = False
+    ) -> _Tensors:
+        mirror = self.pipeline.mirror
+        gpu = None if mirror is None else mirror.device
+        return _Tensors(self.pipeline.layout, self.order, kv, tokens, blocks, slots, write=write, gpu=gpu)
+
     def _present(self, keys: Sequence[ChunkKey], timeout: float | None = None) -> bool:
         hit = self.pipeline.lookup(keys)
         hit.wait(inf if timeout is None else timeout)
@@ -352,8 +365,8 @@ def _dtype_name(dtype: Any) -> str:
 class _Tensors:
     """The caller's tensors, checked, and where each of its tokens lies in them.
 
-    Whole chunks of tensors in host memory that all have one shape and strides move in one native call; everything else
-    (tails, other devices, odd strides) is indexed, layer by layer.
+    Whole chunks of tensors that all have one shape and strides move in one native call, in host memory and on the
+    device of a GPU tier; everything else (tails, other devices, odd strides) is indexed, layer by layer.
     """
 
     def __init__(
@@ -366,7 +379,9 @@ class _Tensors:
         slots: ArrayLike | None,
         *,
         write: bool = False,
+        gpu: int | None = None,
     ) -> None:
+        """`gpu`: the device of the pipeline's GPU tier."""
         self._layout, self._order, self._tokens = layout, order, tokens
         if len(kv) != layout.num_layers:
             raise ValueError(f"kv has {len(kv)} layers, the engine {layout.num_layers}")
@@ -388,7 +403,10 @@ class _Tensors:
         self._block = first.shape[inner] if self._paged else 1
         places = min(layer.shape[0] if self._paged else layer.shape[inner - 1] for row in self._planes for layer in row)
         self._where = self._places(blocks, slots, places)
-        self._fast = None if self._device is not None else self._native(blocks, slots, places)
+        self._stream = None if gpu is None or self._device is None else _stream(self._device, gpu)
+        """Of the caller, where its tensors are on the device of a GPU tier: copies are queued there."""
+        fast = self._device is None or self._stream is not None
+        self._fast = self._native(blocks, slots, places, gpu) if fast else None
 
     def _plane(self, tensor: Any, name: str, write: bool) -> Any:
         """One tensor as unsigned integers: NumPy in host memory, torch elsewhere."""
@@ -451,16 +469,19 @@ class _Tensors:
             raise ValueError(f"`{name}` has {bad}, outside [0, {limit})")
         return (ids[:, None] * each + np.arange(each)).reshape(-1)[: self._tokens] if each > 1 else ids
 
-    def _native(self, blocks: ArrayLike | None, slots: ArrayLike | None, places: int) -> tuple[PagedKV, Any] | None:
+    def _native(
+        self, blocks: ArrayLike | None, slots: ArrayLike | None, places: int, gpu: int | None
+    ) -> tuple[PagedKV, Any] | None:
         """Pages for the native copy, and the block ids of every whole chunk; None where they do not lie evenly."""
-        planes, first, size = self._planes, self._planes[0][0], self._layout.chunk_tokens
+        planes, size = self._planes, self._layout.chunk_tokens
         chunks = self._tokens // size
-        even = {(x.shape, x.strides) for row in planes for x in row}
-        if not chunks or len(even) > 1 or first.strides[-1] != first.itemsize or min(first.strides) <= 0:
+        even = {(tuple(x.shape), _strides(x)) for row in planes for x in row}
+        (_, strides), *others = even
+        if not chunks or others or strides[-1] != DTYPE_BYTES[self._layout.dtype] or min(strides) <= 0:
             return None
         heads, token = (-2, -3) if self._order == "nhd" else (-3, -2)
-        step = first.strides[token]
-        stride = first.strides[0]
+        step = strides[token]
+        stride = strides[0]
         if not self._paged and slots is None:
             each, stride, count = size, size * step, places // size
         elif not self._paged:
@@ -476,10 +497,14 @@ class _Tensors:
             replace(self._layout, block_tokens=each),
             block_stride=stride,
             token_stride=step,
-            head_stride=first.strides[heads],
+            head_stride=strides[heads],
         )
-        bases = [[row[p].ctypes.data for row in planes] for p in range(self._layout.planes)]
-        return PagedKV(bases, geometry, count, threads=_THREADS, owner=planes), ids.reshape(chunks, size // each)
+        bases = [[_address(row[p]) for row in planes] for p in range(self._layout.planes)]
+        if self._stream is None or gpu is None:
+            pages = PagedKV(bases, geometry, count, threads=_THREADS, owner=planes)
+        else:
+            pages = GpuPagedKV(bases, geometry, count, how=How(self._stream, gpu), owner=planes)
+        return pages, ids.reshape(chunks, size // each)
 
     def save(self, room: Reservation) -> None:
         """Tensors -> reserved slots."""
@@ -487,7 +512,8 @@ class _Tensors:
         fast = [i for i, position in enumerate(room.positions) if position < whole] if self._fast else []
         if self._fast and fast:
             pages, ids = self._fast
-            pages.gather(ids[[room.positions[i] for i in fast]], room.addresses[fast])
+            at = room.addresses[fast] if self._stream is None else room.on_device(self._stream, len(fast))
+            pages.gather(ids[[room.positions[i] for i in fast]], at)
         for i in range(len(fast), len(room)):
             self._indexed(room.positions[i], room.view(i), to_slot=True)
 
@@ -497,7 +523,8 @@ class _Tensors:
         if self._fast and lease:
             pages, ids = self._fast
             fast = min(len(lease), len(ids))
-            pages.scatter(ids[:fast], lease.addresses[:fast])
+            at = lease.addresses[:fast] if self._stream is None else lease.on_device(self._stream, fast)
+            pages.scatter(ids[:fast], at)
         for i in range(fast, len(lease)):
             self._indexed(i, lease.view(i), to_slot=False)
 
@@ -527,6 +554,24 @@ class _Tensors:
                 tokens[index] = slot[i, p, :count]
             else:
                 tokens[index] = slot[i, p, :count].to(self._device)
+
+
+def _stream(device: Any, gpu: int) -> int | None:
+    """torch's stream for this thread; None where the device is not the one with the GPU tier."""
+    if device.type != "cuda" or device.index != gpu:
+        return None
+    import torch
+
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def _strides(tensor: Any) -> tuple[int, ...]:
+    """In bytes."""
+    return tuple(n * tensor.itemsize for n in tensor.stride()) if _is_torch(tensor) else tensor.strides
+
+
+def _address(tensor: Any) -> int:
+    return int(tensor.data_ptr() if _is_torch(tensor) else tensor.ctypes.data)
 
 
 def _in_host_memory(tensor: Any) -> bool:

@@ -3,6 +3,10 @@
 The engine never waits for a lane: a full queue refuses at once, and whoever waits for a result has a deadline
 of its own. A thread stuck in a hung medium takes one lane's thread with it and nothing else: `sweep`, which every
 engine call makes, cancels what waits behind it and tells those who wait for it.
+
+Jobs may belong to somebody, a tenant: then owners take turns, and none may hold more than three times what it leaves
+free, so that whoever comes next finds room (Choudhury and Hahne, "Dynamic queue length thresholds", IEEE/ACM
+Transactions on Networking 6(2), 1998).
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from random import Random
 from time import monotonic
 
@@ -26,23 +31,20 @@ def _nothing(_: MissReason) -> None:
     pass
 
 
+@dataclass(slots=True, eq=False)
 class _Item:
     """One job, queued or running."""
 
-    __slots__ = ("breaker", "cancel", "deadline", "job", "late", "nbytes", "overdue_at", "patience", "reported")
-
-    def __init__(
-        self, job: Job, cancel: GiveUp, late: GiveUp, nbytes: int, breaker: Breaker, now: float, deadline: float
-    ) -> None:
-        self.job = job
-        self.cancel = cancel
-        self.late = late
-        self.nbytes = nbytes
-        self.breaker = breaker
-        self.deadline = deadline
-        self.patience = (deadline - now) / 2
-        self.overdue_at = deadline
-        self.reported = False
+    job: Job
+    cancel: GiveUp
+    late: GiveUp
+    nbytes: int
+    breaker: Breaker
+    owner: str | None
+    deadline: float
+    patience: float
+    overdue_at: float
+    reported: bool = False
 
     def begin(self, now: float) -> None:
         """A medium is not blamed for time spent in the queue: it gets half the time even when started late."""
@@ -69,6 +71,9 @@ class Lane:
         self._queue: deque[_Item] = deque()
         self._running: set[_Item] = set()
         self._bytes = 0
+        self._turns: dict[str | None, int] = {}
+        """Of owners with jobs in the queue: who had how early a turn."""
+        self._turn = 0
         self._earliest = 0.0
         """No queued job has an earlier deadline, unless the queue is empty."""
         self._closed = False
@@ -89,6 +94,7 @@ class Lane:
         breaker: Breaker | None = None,
         urgent: bool = False,
         admitted: bool = False,
+        owner: str | None = None,
     ) -> MissReason | None:
         """Queue `job`. None when it was taken, else why not, at once: the caller drops the work and counts it.
 
@@ -96,17 +102,20 @@ class Lane:
         if it runs past its deadline; both with no lock held. `deadline` is a `monotonic()` time; `breaker` is another
         than the lane's own. An `urgent` job goes first. An `admitted` one is a further part of work that was taken
         before, and is taken whatever the bounds say. A job larger than the byte bound runs alone rather than never.
+        Jobs of an `owner` wait for that owner's turn, and may take that owner's part of the bounds only.
         """
         breaker = breaker or self.breaker
         paused = breaker.open
         if not breaker.allow():
             return MissReason.BREAKER
         now = monotonic()
-        item = _Item(job, cancel, late, nbytes, breaker, now, now + self.deadline if deadline is None else deadline)
+        end = now + self.deadline if deadline is None else deadline
+        item = _Item(job, cancel, late, nbytes, breaker, owner, end, (end - now) / 2, end)
         with self._ready:
             queue = self._queue
             busy = self._running or queue
             full = len(queue) >= self.max_jobs or (busy and nbytes and self._bytes + nbytes > self.max_bytes)
+            full = full or (owner is not None and self._is_greedy(owner, nbytes))
             if self._closed:
                 refusal = MissReason.CLOSED
             elif full and not admitted:
@@ -142,6 +151,28 @@ class Lane:
         """Whether every running job is overdue: then what waits, waits for the medium and not for its turn."""
         return bool(self._running) and all(item.reported for item in self._running)
 
+    def _is_greedy(self, owner: str, nbytes: int) -> bool:
+        """Whether another job would be more than the owner's part of the bounds. A first one never is."""
+        held = [item.nbytes for item in (*self._queue, *self._running) if item.owner == owner]
+        left = self.max_bytes - self._bytes - nbytes
+        room = self.max_jobs - len(self._queue) - 1
+        return bool(held) and (sum(held) + nbytes > 3 * left or len(held) + 1 > 3 * room)
+
+    def _next(self) -> _Item:
+        """The next job: the first in the queue, but owners take turns."""
+        queue = self._queue
+        if queue[0].owner is None:
+            return queue.popleft()
+        first: dict[str | None, int] = {}
+        for at, item in enumerate(queue):
+            first.setdefault(item.owner, at)
+        owner = min(first, key=lambda owner: self._turns.get(owner, -1))
+        self._turn += 1
+        self._turns = {other: self._turns.get(other, -1) for other in first} | {owner: self._turn}
+        item = queue[first[owner]]
+        del queue[first[owner]]
+        return item
+
     def _work(self) -> None:
         while True:
             with self._ready:
@@ -149,7 +180,7 @@ class Lane:
                     if self._closed:
                         return
                     self._ready.wait()
-                item = self._queue.popleft()
+                item = self._next()
                 now = monotonic()
                 item.begin(now)
                 self._running.add(item)

@@ -81,7 +81,9 @@ class Pipeline:
         self._closing = False
         self._closed = False
         self._batch_chunks = max(1, _BATCH_BYTES // slots.slot_bytes)
-        self._down = WriteDown(self._lock, slots, self.tiers, self._batch_chunks)
+        self._down = WriteDown(
+            self._lock, slots, self.tiers, self._batch_chunks, tenancy.names if tenancy is not None else {}
+        )
         self._patience = max((tier.deadline for tier in self.tiers), default=0.0)
         """Longest that any tier may take, in seconds."""
 

@@ -275,6 +275,10 @@ class Serde(ABC):
     def decode(self, blobs: Sequence[memoryview], out: Sequence[memoryview]) -> None:
         """Decode each blob so that it fills its buffer exactly, or raise `CorruptChunk`."""
 
+    def stats(self) -> dict[str, Any]:
+        """Counters of its own since start-up, such as what it refused to encode: plain data, for people and dashboards."""
+        return {}
+
 
 class Ladder(Serde):
     """Several encodings of every chunk, each stored as an object of its own; reading takes the best that is in time.
@@ -304,6 +308,9 @@ class Ladder(Serde):
 
     def decode(self, blobs: Sequence[memoryview], out: Sequence[memoryview]) -> None:
         self.rungs[-1].decode(blobs, out)
+
+    def stats(self) -> dict[str, Any]:
+        return {rung.codec: rung.stats() for rung in self.rungs}
 
 
 class EvictionConfig(Frozen, ABC):

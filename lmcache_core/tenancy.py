@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -30,19 +30,25 @@ MAX_IDENTITIES = 4096
 class Tenancy:
     """Who the tenants are, and what each may hold."""
 
-    def __init__(self, secret: bytes, quota: Quota | None = None, quotas: Mapping[str, Quota] | None = None) -> None:
-        """`quota`: of every tenant that is not in `quotas`; None for no bound."""
+    def __init__(
+        self,
+        secret: bytes,
+        quota: Quota | None = None,
+        quotas: Mapping[str, Quota] | None = None,
+        unmetered: Collection[str] = (),
+    ) -> None:
+        """`quota`: of every tenant that is not in `quotas`; None for no bound. `unmetered`: tiers without any."""
         self._secret = secret
         self._quota = quota
         self._quotas = dict(quotas or {})
+        self._unmetered = unmetered
         self.names: dict[bytes, str] = {}
         """Identity prefix -> tenant, of every identity that was asked for."""
         self._identities: Counter[str] = Counter()
 
-    @property
-    def limited(self) -> bool:
-        """Whether any tenant has a quota."""
-        return self._quota is not None or bool(self._quotas)
+    def limits(self, tier: str) -> bool:
+        """Whether any tenant has a quota in the tier of that name."""
+        return (self._quota is not None or bool(self._quotas)) and tier not in self._unmetered
 
     def quota(self, tenant: str, capacity: int) -> int | None:
         """Bytes that a tenant may hold of a tier of `capacity` bytes; None without a bound."""

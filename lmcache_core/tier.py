@@ -553,11 +553,12 @@ class StorageTier:
 
     def stats(self) -> dict[str, Any]:
         """Counters since start-up, and the state now. Plain data."""
+        usage, medium, encoding = None, {}, {}
         try:
-            usage = self.backend.usage()
+            usage, medium = self.backend.usage(), self.backend.stats()
+            encoding = self._serde.stats() if self._serde else {}
         except PLUGIN_ERRORS as error:
             self._failed("usage", error)
-            usage = None
         with self._lock:
             counts = dict(self.counts)
         return {
@@ -577,6 +578,8 @@ class StorageTier:
             "read_speed": self.speed.stats(),
             "wiping": self._wiping,
             "last_error": self.last_error,
+            "medium": medium,
+            "serde": encoding,
         }
 
     def check(self) -> None:

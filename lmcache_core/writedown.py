@@ -6,13 +6,13 @@ Everything here is called with the pipeline's lock held, but for what lanes call
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
 from lmcache_core.lanes import GiveUp, Job
 from lmcache_core.slots import Slots
 from lmcache_core.tier import StorageTier
-from lmcache_core.types import ChunkKey, MissReason
+from lmcache_core.types import IDENTITY_BYTES, ChunkKey, MissReason
 
 Written = Callable[[Sequence[int], bool], None]
 """Called with the slots of a write that ended, and whether it must be tried again. Lock held."""
@@ -21,12 +21,20 @@ Written = Callable[[Sequence[int], bool], None]
 class WriteDown:
     """Which slots are still to be written, and to which tiers."""
 
-    def __init__(self, lock: threading.Lock, slots: Slots, tiers: Sequence[StorageTier], batch_chunks: int) -> None:
-        """`lock`: the pipeline's. `batch_chunks`: most chunks of one lane job."""
+    def __init__(
+        self,
+        lock: threading.Lock,
+        slots: Slots,
+        tiers: Sequence[StorageTier],
+        batch_chunks: int,
+        tenants: Mapping[bytes, str],
+    ) -> None:
+        """`lock`: the pipeline's. `batch_chunks`: most chunks of one lane job. `tenants`: by identity prefix."""
         self._lock = lock
         self._slots = slots
         self._tiers = tiers
         self._batch_chunks = batch_chunks
+        self._tenants = tenants
         self._back = [tier for tier in tiers if tier.write_mode == "back"]
         self.demoting: dict[int, int] = {}
         """Dirty slots on their way to write-back tiers, with the number of writes under way."""
@@ -102,13 +110,15 @@ class WriteDown:
         then: Written | None,
     ) -> None:
         """Queue chunks for a tier in batches, pinned until written. What the lane refuses is dropped. Lock held."""
+        # What is written back was chosen among all tenants' chunks, as memory needs it.
+        owner = self._tenants.get(keys[0][:IDENTITY_BYTES]) if then is None else None
         for at in range(0, len(keys), self._batch_chunks):
             some = list(keys[at : at + self._batch_chunks])
             held = list(numbers[at : at + self._batch_chunks])
             for slot in held:
                 self._slots.pins[slot] += 1
             run, cancel = self._write_job(tier, some, held, chain, then)
-            refusal = tier.write_lane.submit(run, cancel, len(some) * self._slots.slot_bytes)
+            refusal = tier.write_lane.submit(run, cancel, len(some) * self._slots.slot_bytes, owner=owner)
             if refusal is not None:
                 self._slots.unpin(held)
                 again = refusal is MissReason.BUSY

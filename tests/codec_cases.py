@@ -14,6 +14,7 @@ from lmcache_serde.cachegen.format import (
     AUTO,
     DTYPES,
     LOSSLESS,
+    MOST_START,
     PER_TOKEN,
     RAW,
     Coding,
@@ -21,6 +22,7 @@ from lmcache_serde.cachegen.format import (
     check64,
     parse,
 )
+from lmcache_serde.cachegen.profile import Profile
 
 KINDS = ("plain", "sink", "outliers", "extreme", "sparse", "not finite", "noise", "zero")
 
@@ -96,6 +98,30 @@ def any_case(rng: np.random.Generator) -> tuple[Shape, Coding, NDArray[np.uint8]
     return shape, how, chunk(rng, shape, str(rng.choice(KINDS)))
 
 
+def any_turned(rng: np.random.Generator) -> tuple[Shape, Coding, NDArray[np.uint8], Profile, int]:
+    """The same with a profile and the position of the chunk's first token."""
+    heads, dim, block = [(2, 16, 32), (3, 64, 192), (6, 64, 128), (5, 14, 70), (2, 128, 256), (1, 64, 64)][
+        rng.integers(6)
+    ]
+    layers, channels = int(rng.integers(1, 3)), heads * dim
+    mirror = rng.standard_normal((layers, 2, channels // block, block, 1))
+    mirror /= np.sqrt(np.square(mirror).sum(3, keepdims=True))
+    basis = np.rint((np.eye(block) - 2 * mirror * mirror.swapaxes(3, 4)) * 2.0**13).astype(np.int16)
+    turns = rng.integers(1 << 62, size=int(rng.choice([0, dim // 4, dim // 2])), dtype=np.uint64)
+    profile = Profile(heads, turns, rng.standard_normal((layers, channels), np.float32), basis)
+    dtype, tokens = str(rng.choice(["bfloat16", "float16", "float32"])), int(rng.choice([1, 7, 33, 64, 100, 130]))
+    shape = Shape(dtype, layers, 2, tokens, channels)
+    how = Coding(
+        3,
+        rng.choice([RAW, ANCHORED, PER_TOKEN, LOSSLESS], shape.rows, p=[0.05, 0.45, 0.45, 0.05]).astype(np.uint8),
+        rng.integers(-90, 32, shape.rows).astype(np.int16),
+        int(rng.choice([AUTO, 0, 1, 4])),
+        int(rng.choice([16, 64, 256])),
+    )
+    start = int(rng.choice([0, 5, 100_000, MOST_START]))
+    return shape, how, chunk(rng, shape, str(rng.choice(KINDS))), profile, start
+
+
 def reseal(blob: NDArray[np.uint8], shape: Shape, starts: NDArray[np.int64]) -> None:
     """Put the right checks into a blob that was tampered with, so that its contents are what a decoder must survive."""
     for start, end in pairwise(starts):
@@ -103,9 +129,11 @@ def reseal(blob: NDArray[np.uint8], shape: Shape, starts: NDArray[np.int64]) -> 
     blob[56:64].view("<u8")[0] = check64(blob[:56], blob[64 : starts[0]])
 
 
-def tampered(rng: np.random.Generator, blob: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
+def tampered(
+    rng: np.random.Generator, blob: NDArray[np.uint8], shape: Shape, profile: Profile | None = None
+) -> NDArray[np.uint8]:
     """A copy with a few bytes changed, mostly where a decoder takes its bearings, under checks that match."""
-    starts = parse(blob, shape).starts
+    starts = parse(blob, shape, profile).starts
     copy = blob.copy()
     for _ in range(int(rng.integers(1, 4))):
         row = int(rng.integers(shape.rows))

@@ -153,8 +153,9 @@ class FakeCuda:
 
     def _run(self, stream: int, point: int | None = None) -> None:
         """Do the work of a stream, up to a point."""
-        while self._streams[stream] and (point is None or self._done[stream] < point):
-            self._streams[stream].popleft()()
+        queue = self._streams.get(stream)  # one that was destroyed is done
+        while queue and (point is None or self._done[stream] < point):
+            queue.popleft()()
             self._done[stream] += 1
 
     # -- copies ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lmcache_core.errors import CorruptChunk, Unsupported
 from lmcache_core.layout import KVLayout
 from lmcache_core.protocols import Ladder, SerdeContext
 from lmcache_core.testing.serde import OpenSerde, SerdeTests, kv_like, values
-from lmcache_serde.cachegen import LEVELS, CacheGen, CacheGenConfig, Level
+from lmcache_serde.cachegen import LEVELS, CacheGen, CacheGenConfig, Level, transform
 from lmcache_serde.cachegen.profile import Profile, calibrate
 
 pytestmark = pytest.mark.timeout(60)
@@ -217,13 +218,36 @@ def test_a_profile_of_another_model_is_refused(profile: Path, tmp_path: Path) ->
             config.build(context(layout))
 
 
-def test_the_transform_undoes_itself_at_any_position(profile: Path) -> None:
+def test_a_profile_file_that_lies_is_refused(profile: Path) -> None:
+    """Sizes that promise gigabytes, a bomb, a flipped bit, numbers that are no basis."""
+    magic, head, body = profile.read_bytes().split(b"\n", 2)
+    bomb = zlib.compress(b"\0" * (1 << 22))
+    for lie in (
+        b"\n".join((b"cachegen profile 1", head, body)),
+        b"\n".join((magic, head.replace(b"2 8 2", b"2 8 9999999"), body)),
+        b"\n".join((magic, head, bomb)),
+        b"\n".join((magic, head[:-1] + b"g", body)),
+        b"\n".join((magic, head, zlib.compress(b"\1" + zlib.decompress(body)[1:]))),
+        b"\n".join((magic, head, zlib.compress(zlib.decompress(body)[:-999] + b"\77" * 999))),
+    ):
+        profile.write_bytes(lie)
+        with pytest.raises(ValueError, match="is not a profile"):
+            Profile.load(profile)
+
+
+@pytest.mark.parametrize("start", [0, 100_000, (1 << 48) - 1])
+def test_the_transform_undoes_itself_at_any_position(profile: Path, start: int) -> None:
     values, found = correlated(3, 16), Profile.load(profile)
-    for start in (0, 100_000, 1 << 31):
-        back = found.values(found.components(values, start), start)
-        assert np.abs(back - values).max() < 1e-3
-    moved = found.components(values, 0) - found.components(values, 5)
-    assert np.abs(moved[:, 0]).max() > 0.1 and not moved[:, 1].any()
+    for row in range(4):
+        plane = values[row // 2, row % 2]
+        components = transform.transform(found, row, plane, start, 60)
+        assert components is not None
+        steps = np.full((1, 1), 2.0**-6, np.float32)
+        back = transform.untransform(found, row, np.rint(components / steps).astype(np.int64), steps, start)
+        assert np.abs(back - plane).max() < 32 * 2.0**-7
+        moved = transform.transform(found, row, plane, start - 5 if start else 5, 60)
+        assert moved is not None
+        assert (np.abs(components - moved).max() > 0.1) == (row % 2 == 0)
 
 
 def test_a_damaged_blob_is_corrupt() -> None:

@@ -396,6 +396,22 @@ def test_engine_args_for_vllm(tmp_path: Path, capsys: Capture, monkeypatch: pyte
     assert "kv_connector_extra_config" not in result["kv_transfer_config"]
 
 
+@pytest.mark.parametrize("face", ["secondary-tier", "offloading-spec"])
+def test_engine_args_within_vllms_own_offloading(tmp_path: Path, capsys: Capture, face: str) -> None:
+    file = write(tmp_path, GOOD)
+    assert main(["engine-args", "vllm", "--face", face, "--config", file, "--json"]) == 0
+    transfer = record(capsys)["kv_transfer_config"]
+    extra, module = transfer["kv_connector_extra_config"], "lmcache_core.adapters.vllm_offload"
+    assert transfer["kv_connector"] == "OffloadingConnector"
+    if face == "secondary-tier":
+        assert extra["spec_name"] == "TieringOffloadingSpec"
+        assert extra["secondary_tiers"] == [{"type": "LMCacheCoreTier", "module_path": module, "config": file}]
+    else:
+        assert extra == {"spec_name": "LMCacheCoreOffloadingSpec", "spec_module_path": module, "config": file}
+    assert main(["engine-args", "sglang", "--face", face]) == 2
+    assert "--face is for vllm" in capsys.readouterr().err
+
+
 def test_engine_args_for_sglang(tmp_path: Path, capsys: Capture) -> None:
     file = write(tmp_path, GOOD)
     assert main(["engine-args", "sglang", "--config", file]) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from codec_cases import KINDS, any_case, chunk, coding, floats, tampered
+from codec_cases import KINDS, any_case, any_turned, chunk, coding, floats, reseal, tampered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from lmcache_serde.cachegen import native, reference
 from lmcache_serde.cachegen.format import (
     ANCHORED,
     AUTO,
+    AUX,
     DTYPES,
     LOSSLESS,
     PER_TOKEN,
@@ -28,6 +29,7 @@ from lmcache_serde.cachegen.format import (
     Shape,
     parse,
 )
+from lmcache_serde.cachegen.profile import Profile, calibrate
 
 GOLDEN = Path(__file__).parent / "golden" / "codec"
 SETS = ("portable", "avx2", "avx512")
@@ -43,15 +45,17 @@ def simd(request: pytest.FixtureRequest) -> Iterator[str]:
     _native.limit_simd("avx512+sha")
 
 
-def encode(shape: Shape, how: Coding, data: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int]:
-    room = np.full(shape.bound, 0xAA, np.uint8)
-    (size,), (raw,) = native.encode(shape, how, [data], [room])
+def encode(
+    shape: Shape, how: Coding, data: NDArray[np.uint8], profile: Profile | None = None, start: int = -1
+) -> tuple[NDArray[np.uint8], int]:
+    room = np.full(shape.bound + (AUX if profile else 0), 0xAA, np.uint8)
+    (size,), (raw,) = native.encode(shape, how, [data], [room], profile, [start])
     return room[:size], raw
 
 
-def decode(shape: Shape, blob: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def decode(shape: Shape, blob: NDArray[np.uint8], profile: Profile | None = None) -> NDArray[np.uint8]:
     out = np.full(shape.nbytes, 0xAA, np.uint8)
-    native.decode(shape, [blob], [out])
+    native.decode(shape, [blob], [out], profile=profile)
     return out
 
 
@@ -69,6 +73,36 @@ def test_every_instruction_set_equals_the_reference(simd: str) -> None:
         layer = np.zeros(shape.nbytes // shape.layers, np.uint8)
         native.decode(shape, [blob], [layer], shape.layers - 1, 1)
         assert np.array_equal(layer, values[-layer.size :])
+
+
+@pytest.fixture
+def every_set() -> Iterator[list[str]]:
+    """The instruction sets that are here, to go through with `_native.limit_simd`."""
+    yield [name for name in SETS if _native.limit_simd(name + "+sha").split("+")[0] == name]
+    _native.limit_simd("avx512+sha")
+
+
+def test_every_instruction_set_transforms_as_the_reference(every_set: list[str]) -> None:
+    rng = np.random.default_rng(12)
+    turned = 0
+    for _ in range(12):
+        shape, how, data, profile, start = any_turned(rng)
+        expected = reference.encode(shape, how, data, profile, start)
+        info = parse(expected, shape, profile)
+        modes = expected[info.starts[:-1] + 10]
+        turned += int(((modes == ANCHORED) | (modes == PER_TOKEN)).sum())
+        values = reference.decode(shape, expected, profile=profile)
+        assert info.start == start
+        for name in every_set:
+            _native.limit_simd(name + "+sha")
+            blob, raw = encode(shape, how, data, profile, start)
+            assert np.array_equal(blob, expected), (name, shape, how)
+            assert raw == ((modes == RAW) & (how.modes != RAW)).sum()
+            assert np.array_equal(decode(shape, blob, profile), values), (name, shape, how)
+            layer = np.zeros(shape.nbytes // shape.layers, np.uint8)
+            native.decode(shape, [blob], [layer], shape.layers - 1, 1, profile)
+            assert np.array_equal(layer, values[-layer.size :])
+    assert turned > 10
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
@@ -109,6 +143,51 @@ def test_no_value_is_further_off_than_half_a_step(seed: int, dtype: str, mode: i
     digits = {"bfloat16": 8, "float16": 11, "float32": 24}[dtype]
     last_place = 2.0 ** np.maximum(np.floor(np.log2(np.maximum(np.abs(y), 1e-30))) + 1 - digits, -24)
     assert (np.abs(x - y) <= step / 2 * (1 + 2**-7) + last_place / 2).all()
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
+    mode=st.sampled_from([ANCHORED, PER_TOKEN]),
+    kind=st.sampled_from(["plain", "outliers", "sparse"]),
+    offset=st.integers(-100, 32),
+)
+def test_no_transformed_value_is_further_off_than_stated(
+    seed: int, dtype: str, mode: int, kind: str, offset: int
+) -> None:
+    """The bound of docs/codec.md, of every value of K and V."""
+    rng = np.random.default_rng(seed)
+    shape = Shape(dtype, 1, 2, 70, 128)
+    sample = rng.standard_normal((1, 2, 200, 128), np.float32) @ rng.standard_normal((1, 2, 128, 128), np.float32)
+    profile = calibrate([sample], 2, 1 / 2.0 ** np.arange(3, 35))
+    data = chunk(rng, shape, kind)
+    blob, _ = encode(shape, coding(shape, (mode, mode), offset), data, profile, 1000)
+    bits = np.uint32 if dtype == "float32" else np.uint16
+    x, y = (
+        reference.to_float(raw.view(bits), dtype).reshape(2, 70, 128).astype(np.float64)
+        for raw in (data, decode(shape, blob, profile))
+    )
+    digits = {"bfloat16": 8, "float16": 11, "float32": 24}[dtype]
+    for plane, start in enumerate(parse(blob, shape, profile).starts[:2]):
+        head = blob[start : start + 16].view(ROW)[0]
+        if head["mode"] == RAW:
+            assert np.array_equal(x[plane], y[plane])
+            continue
+        side = start + 16
+        record = side + (256 if mode == ANCHORED else 80)
+        codes = np.array([head["code"]]) if mode == ANCHORED else blob[side : side + 70].astype(np.int64)
+        kinds = blob[record : record + 128] >> 5
+        steps = 2.0 ** (codes / 8 + int(head["base"]))[:, None] * 2.0 ** np.where(kinds > 2, kinds - 2.0, 0)
+        basis = np.abs(profile.basis[0, plane, 0].astype(np.float64)) / 2**13
+        off = np.broadcast_to(steps / 2 * (1 + 2**-7), (70, 128)) @ basis
+        # Fixed point, and a basis of whole numbers: parts of the token's largest value.
+        size = np.abs(x[plane]).max(1, keepdims=True) + np.abs(profile.mean[0]).max()
+        off = off + 128 * 2**-11 * size
+        if plane == 0:
+            off = np.tile(off.reshape(70, 2, 2, 32).sum(2, keepdims=True), (1, 1, 2, 1)).reshape(70, 128)
+        last_place = 2.0 ** np.maximum(np.floor(np.log2(np.maximum(np.abs(y[plane]), 1e-30))) + 1 - digits, -24)
+        assert (np.abs(x[plane] - y[plane]) <= off + last_place / 2).all()
 
 
 def test_noise_costs_no_more_than_the_bound_and_is_counted() -> None:
@@ -212,6 +291,54 @@ def test_tampered_blobs_under_good_checks_meet_the_same_end_everywhere(simd: str
     assert refused > 60
 
 
+def test_tampered_transformed_blobs_meet_the_same_end_everywhere(every_set: list[str]) -> None:
+    rng = np.random.default_rng(13)
+    refused = 0
+    for _ in range(4):
+        shape, how, data, profile, start = any_turned(rng)
+        blob, _ = encode(shape, how, data, profile, start)
+        for _ in range(10):
+            bad = tampered(rng, blob, shape, profile)
+            try:
+                expected = reference.decode(shape, bad, profile=profile)
+            except CodecError:
+                refused += 1
+                expected = None
+            for name in every_set:
+                _native.limit_simd(name + "+sha")
+                if expected is None:
+                    with pytest.raises(CodecError):
+                        decode(shape, bad, profile)
+                else:
+                    assert np.array_equal(decode(shape, bad, profile), expected), name
+    assert refused > 10
+
+
+def test_lies_about_the_transform_are_refused() -> None:
+    rng = np.random.default_rng(14)
+    shape, how, data, profile, _ = any_turned(rng)
+    other = Profile(profile.heads, profile.turns, profile.mean + 1, profile.basis)
+    blob, _ = encode(shape, how, data, profile, 7)
+    plain, _ = encode(shape, how, data, profile, -1)
+    assert np.array_equal(decode(shape, plain, profile), decode(shape, plain))
+    starts = parse(blob, shape, profile).starts
+    end = int(starts[0])
+    # transform, profile, aux, a position that cannot be, a reserved word
+    for at, value in ((19, 2), (19, 0), (32, blob[32] ^ 1), (40, 32), (end - 10, 1), (end - 1, 1)):
+        bad = blob.copy()
+        bad[at] = value
+        reseal(bad, shape, starts)
+        for decoder in (reference.decode, decode):
+            with pytest.raises(CodecError):
+                decoder(shape, bad, profile=profile)
+    for theirs in (None, other):
+        for decoder in (reference.decode, decode):
+            with pytest.raises(CodecError):
+                decoder(shape, blob, profile=theirs)
+    with pytest.raises(ValueError, match="does not fit"):
+        decode(Shape("float8_e5m2", shape.layers, 2, shape.tokens, shape.channels), blob, profile)
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.binary(max_size=600), whole=st.booleans())
 def test_arbitrary_bytes_are_an_error(data: bytes, whole: bool) -> None:
@@ -283,6 +410,17 @@ def test_blobs_of_version_1_are_read_and_written_for_ever(name: str, shape: Shap
     assert np.array_equal(reference.decode(shape, blob), values)
     assert np.array_equal(decode(shape, blob), values)
     assert np.array_equal(encode(shape, golden_coding(name, shape), data)[0], blob)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_blobs_with_a_transform_are_read_and_written_for_ever(dtype: str) -> None:
+    profile = Profile.load(GOLDEN / "turned.profile")
+    shape = Shape(dtype, 1, 2, 40, 70)
+    blob, values = (np.fromfile(GOLDEN / f"{dtype}-turned.{kind}", np.uint8) for kind in ("blob", "values"))
+    assert RAW not in blob[parse(blob, shape, profile).starts[:-1] + 10]
+    assert np.array_equal(reference.decode(shape, blob, profile=profile), values)
+    assert np.array_equal(decode(shape, blob, profile), values)
+    assert np.array_equal(encode(shape, golden_coding("lossy", shape), golden_input(shape), profile, 12345)[0], blob)
 
 
 def test_the_tables_are_those_of_version_1() -> None:

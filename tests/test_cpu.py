@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fake_cuda import NO_MEMORY, installed
 
 from lmcache_backends import cpu as cpu_module
 from lmcache_backends.cpu import CpuConfig, CpuMemory
@@ -129,47 +130,41 @@ def test_memory_that_cannot_be_faulted_in_is_refused(shared: bool, monkeypatch: 
     assert open_fds() == before
 
 
-class FakeCudart:
-    def __init__(self, status: int) -> None:
-        self.status = status
-        self.registered: list[tuple[int, int]] = []
-
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
-        self.registered.append((address, nbytes))
-        return self.status
-
-    def cudaHostUnregister(self, address: int) -> int:
-        self.registered = [pair for pair in self.registered if pair[0] != address]
-        return 0
-
-
-def fake_torch(monkeypatch: pytest.MonkeyPatch, *, available: bool, status: int = 0) -> FakeCudart:
-    cudart = FakeCudart(status)
-    cuda = SimpleNamespace(is_available=lambda: available, cudart=lambda: cudart)
+def fake_torch(monkeypatch: pytest.MonkeyPatch, *, available: bool = True, started: bool = True) -> None:
+    state = {"is_available": available, "is_initialized": started, "current_device": 1}
+    cuda = SimpleNamespace(**{name: lambda value=value: value for name, value in state.items()})
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-    return cudart
 
 
 def test_an_arena_is_pinned_for_a_cuda_device_and_unpinned_at_close(monkeypatch: pytest.MonkeyPatch) -> None:
-    cudart = fake_torch(monkeypatch, available=True)
-    backend = memory(pin=True)
-    region = backend.allocate(MIB)
-    assert region.pinned and cudart.registered == [(region.address, MIB)]
-    backend.close()
-    assert cudart.registered == []
+    fake_torch(monkeypatch)
+    with installed() as cuda:
+        backend = memory(pin=True)
+        region = backend.allocate(MIB)
+        assert region.pinned and cuda.pinned == {region.address: MIB} and region.remark == ""
+        backend.close()
 
 
-@pytest.mark.parametrize("pin, available, status", [(False, True, 0), (True, False, 0), (True, True, 2)])
-def test_an_arena_that_cannot_or_shall_not_be_pinned_works(
-    pin: bool, available: bool, status: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("pin, state", [(False, {}), (True, {"available": False}), (True, {"started": False})])
+def test_nothing_is_pinned_where_that_is_not_wanted(
+    pin: bool, state: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cudart = fake_torch(monkeypatch, available=available, status=status)
-    backend = memory(pin=pin)
-    region = backend.allocate(MIB)
-    assert not region.pinned
-    cudart.registered = []
-    backend.close()
-    assert cudart.registered == []
+    """Pinning starts CUDA in this process, which takes memory of the GPU."""
+    fake_torch(monkeypatch, **state)
+    with installed() as cuda:
+        backend = memory(pin=pin)
+        assert not backend.allocate(MIB).pinned and not cuda.calls
+        backend.close()
+
+
+def test_an_arena_that_cannot_be_pinned_works_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_torch(monkeypatch)
+    with installed() as cuda:
+        cuda.fail["pin"] = NO_MEMORY
+        backend = memory(pin=True)
+        region = backend.allocate(MIB)
+        assert not region.pinned and region.remark == "not pinned for GPU 1: pin: out of memory (CUDA error 2)"
+        backend.close()
 
 
 def test_without_torch_nothing_is_pinned_and_torch_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_cuda import FakeCuda, installed
 
 from lmcache_backends.cpu import CpuConfig
 from lmcache_core import CacheEngine
@@ -44,12 +45,19 @@ def disk(path: Path, **options: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
+def cuda() -> Iterator[FakeCuda]:
+    with installed() as fake:
+        yield fake
+
+
+@pytest.fixture
 def engines() -> Iterator[MakeEngine]:
     """`engines(*storage tiers, slots=24, **fields)`; checked for leaks when the test ends."""
     opened: list[CacheEngine] = []
 
-    def make(*tiers: Any, slots: int = 24, tenancy: Any = None, **fields: Any) -> CacheEngine:
-        config = {"chunk_tokens": CHUNK, "tiers": [dram(slots), *tiers]}
+    def make(*tiers: Any, slots: int = 24, tenancy: Any = None, places: int = 0, **fields: Any) -> CacheEngine:
+        hbm = {"name": "hbm", "capacity": places * SLOT, "backend": {"type": "gpu", "spare": 0}}
+        config = {"chunk_tokens": CHUNK, "tiers": [*([hbm] if places else []), dram(slots), *tiers]}
         engine = CacheEngine(config if tenancy is None else {**config, "tenancy": tenancy}, **{**MODEL, **fields})
         opened.append(engine)
         return engine
@@ -272,18 +280,22 @@ def test_tenants_have_scopes_of_their_own(engines: MakeEngine) -> None:
 # -- torch ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("order", ["nhd", "hnd"])
-@pytest.mark.parametrize("device", ["host", "elsewhere", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["host", "elsewhere", "gpu tier", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_torch_tensors(
-    device: str, order: Any, dtype: str, engines: MakeEngine, monkeypatch: pytest.MonkeyPatch
+    device: str, order: Any, dtype: str, cuda: FakeCuda, engines: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In host memory; the way of other devices, with tensors of this one; and on a GPU."""
+    """In host memory; the way of other devices, with tensors of this one; with a GPU tier; and on a GPU."""
     torch = pytest.importorskip("torch")
-    if device == "elsewhere":
+    if device in ("elsewhere", "gpu tier"):
         monkeypatch.setattr("lmcache_core.engine._in_host_memory", lambda tensor: False)
     elif device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     where = device if device == "cuda" else "cpu"
-    engine = engines(dtype=getattr(torch, dtype), order=order)
+    if device == "gpu tier":
+        monkeypatch.setattr("lmcache_core.engine._stream", lambda device, gpu: 0)
+        engine = engines(dtype=getattr(torch, dtype), order=order, places=2)
+    else:
+        engine = engines(dtype=getattr(torch, dtype), order=order)
     tokens = torch.randint(0, 100, (2 * CHUNK + 3,), generator=torch.Generator().manual_seed(1)).to(where)
     middle = (len(tokens), HEADS) if order == "nhd" else (HEADS, len(tokens))
     kv = torch.randn(LAYERS, 2, *middle, DIM).to(where, getattr(torch, dtype))
@@ -304,6 +316,9 @@ def test_torch_tensors(
     assert engine.put("paged", tokens[: 2 * CHUNK], pages, blocks=table)
     assert engine.get("paged", again) is not None
     assert torch.equal(again[part].view(torch.uint8), kv[part].view(torch.uint8))
+    if device == "gpu tier":
+        assert engine.pipeline.flush(10) and engine.retrieve(tokens, into).sources == ("hbm", "hbm")
+        assert cuda.calls.count("copy_pages") >= 5
 
 
 def test_a_latent_has_one_plane(engines: MakeEngine) -> None:

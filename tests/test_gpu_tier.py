@@ -352,8 +352,8 @@ def test_random_use_from_many_threads(cuda: FakeCuda, pipelines: Make, seed: int
                     gpu.serve(names)
                 else:
                     pipeline.clear(rng.choice(["hbm", "dram"]))
-                if rng.random() < 0.2:
-                    gpu.finish()
+                if rng.random() < 0.4:
+                    pipeline.flush(10)
             gpu.close()
             served.append(gpu.read)
         except BaseException as error:
@@ -367,7 +367,7 @@ def test_random_use_from_many_threads(cuda: FakeCuda, pipelines: Make, seed: int
     assert not failures and len(served) == 4, failures
     settle(pipeline)
     stats = pipeline.stats()["tiers"]["hbm"]
-    assert sum(served) > 50 and min(stats["hit"], stats["promoted"], stats["evicted"], stats["beside"]) > 0
+    assert sum(served) > 20 and min(stats["hit"], stats["promoted"], stats["evicted"]) > 0, (served, stats)
 
 
 # -- assembly ----------------------------------------------------------------------------------------------------

@@ -265,6 +265,38 @@ def test_finish_within_waits_no_longer() -> None:
     gate.set()
 
 
+# -- owners ------------------------------------------------------------------------------------------------------
+def test_owners_take_turns(work: Work) -> None:
+    lane = Lane("test", 1, max_jobs=64, max_bytes=1000, deadline=30.0, breaker=Breaker())
+    occupied(lane, work)
+    for name in ("a0", "a1", "a2", "a3", "b0", "b1", "c0"):
+        assert work.submit(lane, name, owner=name[0]) is None
+    work.gate.set()
+    assert lane.drain(10)
+    assert [name for _, name in work.log] == ["running", "a0", "b0", "c0", "a1", "b1", "a2", "a3"]
+    lane.stop()
+    assert lane.join(10) and not lane.defects
+
+
+@pytest.mark.parametrize("jobs, nbytes", [(16, 1000), (1000, 16)])
+def test_one_owner_s_flood_leaves_room_for_the_others(work: Work, jobs: int, nbytes: int) -> None:
+    lane = Lane("test", 1, max_jobs=jobs, max_bytes=nbytes, deadline=30.0, breaker=Breaker())
+    occupied(lane, work, nbytes=0)
+
+    def flood(owner: str) -> int:
+        taken = [work.submit(lane, owner, owner=owner) for _ in range(50)]
+        assert set(taken) == {None, BUSY}
+        return taken.count(None)
+
+    assert [flood(owner) for owner in "abc"] == [12, 3, 1], "three times what is left free"
+    assert work.submit(lane, "owned by nobody") is BUSY
+    work.gate.set()
+    assert lane.drain(10)
+    assert [name for _, name in work.log][1:4] == ["a", "b", "c"]
+    lane.stop()
+    assert lane.join(10) and not lane.defects
+
+
 # -- breakers ----------------------------------------------------------------------------------------------------
 @pytest.fixture
 def clock() -> Clock:

@@ -20,6 +20,7 @@ from lmcache_core.identity import Identity, tenant_salt
 from lmcache_core.keys import chunk_keys
 from lmcache_core.pipeline import Pipeline
 from lmcache_core.tenancy import Shares, Tenancy
+from lmcache_core.testing.faults import FaultInjector, Rates
 from lmcache_core.testing.invariants import settle
 from lmcache_core.testing.memory import DictConfig
 from lmcache_core.types import ChunkKey
@@ -149,7 +150,7 @@ def test_a_quota_below_one_chunk_is_refused(pipelines: BuildPipeline) -> None:
 def test_quotas_in_bytes_and_shares() -> None:
     tenancy = Tenancy(b"", Percent(25), {"acme": 1000, "big": Percent(60)})
     assert [tenancy.quota(name, 4000) for name in ("any", "acme", "big")] == [1000, 1000, 2400]
-    assert tenancy.limited and not Tenancy(b"").limited and Tenancy(b"").quota("any", 4000) is None
+    assert tenancy.limits("any") and not Tenancy(b"").limits("any") and Tenancy(b"").quota("any", 4000) is None
 
 
 # -- shares: an eviction policy ----------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ def test_quotas_hold_across_a_restart(pipelines: BuildPipeline, identity: Identi
 
 def test_reads_count_for_their_tenant(pipelines: BuildPipeline, identity: Identity) -> None:
     """Memory: what is read takes a tenant's slots like what is stored."""
-    pipeline = pipelines(tier(lane=LANE), slots=16, tenancy=strict(quota="25%"))
+    pipeline = pipelines(tier(lane=LANE), slots=16, tenancy=strict(quota="25%", unmetered=("store",)))
     quiet = keys_of(pipeline, identity, "quiet", 0)
     store(pipeline, quiet)
     settle(pipeline)
@@ -318,15 +319,64 @@ def test_reads_count_for_their_tenant(pipelines: BuildPipeline, identity: Identi
     assert pipeline.lookup(quiet).sources == ["dram"] * 4
 
 
-def test_a_medium_with_books_of_its_own_has_no_quotas(pipelines: BuildPipeline, identity: Identity) -> None:
-    backend = DictConfig(scannable=False)
-    pipeline = pipelines(
-        tier(backend=backend, capacity=8 * OBJECT, lane=LANE), slots=32, tenancy=strict(quota="50%")
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"backend": DictConfig(scannable=False), "capacity": 8 * OBJECT}, "backend `dict` keeps its own books"),
+        ({}, "it has no capacity"),
+    ],
+)
+def test_a_tier_that_cannot_keep_quotas_is_refused_unless_it_is_named(
+    pipelines: BuildPipeline, identity: Identity, options: Any, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said) as raised:
+        pipelines(tier(lane=LANE, **options), tenancy=strict(quota="50%"))
+    assert "unmetered: [store]" in str(raised.value), "the way out is said"
+    assert raised.value.problems[0].path.startswith("tiers.store.")
+    assert pipelines(tier(lane=LANE, **options), tenancy=strict()), "without quotas there is nothing to keep"
+    pipeline = pipelines(tier(lane=LANE, **options), slots=32, tenancy=strict(quota="50%", unmetered=("store",)))
     for prompt in range(4):
         store(pipeline, keys_of(pipeline, identity, "acme", prompt))
         settle(pipeline)
-    assert "tenants" not in pipeline.stats()["tiers"]["store"] and len(backend.objects) == 16
+    assert "tenants" not in pipeline.stats()["tiers"]["store"]
+    assert pipeline.stats()["tiers"]["dram"]["tenants"]["acme"]["used"] == 16
+
+
+def test_an_unmetered_tier_must_be_there(pipelines: BuildPipeline) -> None:
+    with pytest.raises(ConfigError, match="no tier `stroe`") as raised:
+        pipelines(tier(capacity=8 * OBJECT), tenancy=strict(quota="50%", unmetered=("stroe",)))
+    assert [problem.path for problem in raised.value.problems] == ["tenancy.unmetered"]
+    assert "store" in raised.value.problems[0].fix
+
+
+def test_a_flood_does_not_keep_others_from_storing(pipelines: BuildPipeline, identity: Identity) -> None:
+    """The medium is slow and one tenant stores more than its lane can hold: who comes later is stored all the same,
+    and before most of the flood."""
+    injector = FaultInjector({"store": Rates()})
+    pipeline = pipelines(
+        tier(capacity=400 * OBJECT, lane=LaneConfig(threads=1, deadline=30.0, queue=16)),
+        slots=256, tenancy=strict(quota="90%"), injector=injector,
+    )  # fmt: skip
+    injector["store"].hold("put_from")
+    for prompt in range(40):
+        store(pipeline, keys_of(pipeline, identity, "attacker", prompt, 1))
+    assert pipeline.tiers[0].counts["dropped_busy"] > 20
+    injector["store"].wait_held()
+    polite = keys_of(pipeline, identity, "polite", 0, 4)
+    store(pipeline, polite)
+    order: list[ChunkKey] = []
+    medium = pipeline.tiers[0].backend
+    put = medium.put_from
+
+    def noted(keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> Any:
+        order.extend(keys)
+        return put(keys, buffers)
+
+    medium.put_from = noted  # type: ignore[method-assign]
+    injector["store"].release()
+    settle(pipeline)
+    assert all(key in order[:8] for key in polite)
+    assert pipeline.tiers[0].present(polite) == [True] * 4
 
 
 @pytest.fixture

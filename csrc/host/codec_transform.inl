@@ -3,36 +3,38 @@
 
 typedef int32_t V __attribute__((vector_size(4 * W)));
 
-// Rows of 16-bit numbers by a matrix as in lmc_codec_profile, of which the first `pairs` pairs of rows count. What stays in
-// registers is ROWS x 4 W sums.
+// Rows of 16-bit numbers by a matrix as in lmc_codec_profile. What stays in registers is ROWS x 4 W sums.
 template <int ROWS>
-void product_rows(const int16_t *in, const int16_t *matrix, int size, int pairs, int32_t *out) {
+void product_rows(const int16_t *in, const int16_t *matrix, int size, int32_t *out) {
     const auto *two = reinterpret_cast<const int32_t *>(in);
     for (int column = 0; column < size; column += 4 * W) {
         const auto *at = reinterpret_cast<const int32_t *>(matrix) + column;
         V sums[ROWS][4] = {};
-        for (int pair = 0; pair < pairs; ++pair, at += size) {
+        for (int pair = 0; pair < size / 2; ++pair, at += size) {
             V m[4];
-            memcpy(m, at, sizeof m);
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; ++k) memcpy(m + k, at + k * W, sizeof(V));
 #pragma GCC unroll 8
             for (int row = 0; row < ROWS; ++row) {
-                int32_t both;
-                memcpy(&both, two + row * (size / 2) + pair, sizeof both);
-                const V x = V{} + both;
+                const V x = V{} + two[row * (size / 2) + pair];
 #pragma GCC unroll 4
                 for (int k = 0; k < 4; ++k) sums[row][k] = LMC_DOT(sums[row][k], x, m[k]);
             }
         }
-        for (int row = 0; row < ROWS; ++row) memcpy(out + row * size + column, sums[row], sizeof sums[row]);
+#pragma GCC unroll 8
+        for (int row = 0; row < ROWS; ++row) {
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; ++k) memcpy(out + row * size + column + k * W, &sums[row][k], sizeof(V));
+        }
     }
 }
 
-void product(const int16_t *in, int rows, const int16_t *matrix, int size, int pairs, int32_t *out) {
+void product(const int16_t *in, int rows, const int16_t *matrix, int size, int32_t *out) {
     constexpr int ROWS = W == 16 ? 6 : 3;
     for (; rows >= ROWS; rows -= ROWS, in += ROWS * size, out += ROWS * size) {
-        product_rows<ROWS>(in, matrix, size, pairs, out);
+        product_rows<ROWS>(in, matrix, size, out);
     }
-    for (; rows; --rows, in += size, out += size) product_rows<1>(in, matrix, size, pairs, out);
+    for (; rows; --rows, in += size, out += size) product_rows<1>(in, matrix, size, out);
 }
 
 void turn_row(float *x, const Turning &t, int token, float sign) {
@@ -75,7 +77,7 @@ bool to_components(const Turning &t, int tokens, const void *elements, float *x)
                 for (int c = 0; c < t.block; ++c) to[c] = static_cast<int16_t>(lmc_cuda::rint_small(from[c] * factor));
                 for (int c = t.block; c < t.size; ++c) to[c] = 0;
             }
-            product(t.fixed, count, t.matrix + int64_t{block} * t.size * t.size, t.size, t.size / 2, t.sums);
+            product(t.fixed, count, t.matrix + int64_t{block} * t.size * t.size, t.size, t.sums);
             for (int i = 0; i < count; ++i) {
                 float *to = x + int64_t{i} * t.channels + block * t.block;
                 const float factor = lmc_cuda::two_to(exponents[i] - lmc_cuda::FIXED_BITS - lmc_cuda::UNIT_BITS);
@@ -96,20 +98,13 @@ void from_components(const Turning &t, int tokens, const float *steps, float *x,
     for (int done = 0; done < tokens;) {
         const int count = tokens - done < TRANSFORM_TOKENS ? tokens - done : TRANSFORM_TOKENS;
         for (int block = 0; block < t.blocks; ++block) {
-            int16_t any[MOST_BLOCK] = {};
             for (int i = 0; i < count; ++i) {
                 const float *from = x + i * stride + block * t.block;
                 int16_t *to = t.fixed + i * t.size;
 #pragma GCC ivdep
-                for (int c = 0; c < t.size; ++c) {
-                    to[c] = static_cast<int16_t>(static_cast<int32_t>(from[c]));
-                    any[c] |= to[c];
-                }
+                for (int c = 0; c < t.size; ++c) to[c] = static_cast<int16_t>(static_cast<int32_t>(from[c]));
             }
-            // The last components are the smallest: often all 0.
-            int used = t.size;
-            while (used && !any[used - 1]) --used;
-            product(t.fixed, count, t.matrix + int64_t{block} * t.size * t.size, t.size, (used + 1) / 2, t.sums);
+            product(t.fixed, count, t.matrix + int64_t{block} * t.size * t.size, t.size, t.sums);
             const float *mean = t.mean ? t.mean + block * t.block : nullptr;
             for (int i = 0; i < count; ++i) {
                 float *to = x + i * stride + block * t.block;

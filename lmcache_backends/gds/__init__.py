@@ -47,9 +47,9 @@ class GdsConfig(BackendConfig):
     free_floor: Size = Percent(5)
     """Space to leave free on the file system: the tier does not grow below it."""
     mover: Wanted = "auto"
-    """What moves the bytes in mode `segments`: `host` (system calls), `cufile` (GPUDirect Storage) or `nixl` (plugins POSIX
-    and GDS). What a library cannot move, the host path does, and the reason is counted. `auto`: `host` for host memory,
-    where all slots are, and `cufile` for device memory of whoever registers some."""
+    """What moves the bytes in mode `segments`: `host` (system calls), `cufile` (GPUDirect Storage) or `nixl` (its POSIX
+    and GDS plugins). What a library cannot move, the host path does, and the reason is counted. `auto`: `host` for host
+    memory, where all slots are, and `cufile` for device memory of whoever registers some."""
     segment_bytes: ByteSize | None = None
     """Size of one segment file; by default a 64th of the capacity, within reason."""
     inodes: Annotated[int, Field(ge=64)] | None = None

@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, ClassVar, Final
 
 from lmcache_backends.gds import cufile_probe
 from lmcache_backends.gds.cufile_probe import Status
-from lmcache_backends.gds.mover import Mover, MoverError, Piece
+from lmcache_backends.gds.mover import Failure, Mover, MoverError, Piece
 from lmcache_core.protocols import Region
 from lmcache_core.types import PAGE
 
@@ -84,9 +85,8 @@ def _failed(result: int) -> str:
 class Api:
     """The functions of a loaded cuFile that are used here. They run without the GIL."""
 
-    def __init__(self, library: ctypes.CDLL, name: str) -> None:
-        """`name`: as it was given to the loader. Raise `MoverError` where functions are missing."""
-        self.name = name
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Raise `MoverError` where functions are missing."""
 
         def function(symbol: str, result: Any, *arguments: Any) -> Callable[..., Any]:
             return ctypes.CFUNCTYPE(result, *arguments, use_errno=True)((symbol, library))
@@ -102,7 +102,17 @@ class Api:
             self.read = function("cuFileRead", *moves)
             self.write = function("cuFileWrite", *moves)
         except AttributeError as error:
-            raise MoverError(f"{name} is no cuFile: {error}") from error
+            raise MoverError(f"{library._name} is no cuFile: {error}") from error
+        self.path = _file_of(ctypes.cast(library.cuFileDriverOpen, _pointer).value or 0)
+        """Where it was found. By its name another process may find another one, or none."""
+
+
+def _file_of(address: int) -> str:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
+        if start <= address < end:
+            return line.split(maxsplit=5)[5]
+    raise MoverError(f"no file is mapped at {address:#x}")
 
 
 def candidates() -> Iterator[str]:
@@ -122,10 +132,10 @@ def load() -> Api:
     except OSError as error:
         reasons = [str(error)]
     else:
-        return Api(bindings.libcufile, bindings.libcufile._name)
+        return Api(bindings.libcufile)
     for name in candidates():
         try:
-            return Api(ctypes.CDLL(name), name)
+            return Api(ctypes.CDLL(name))
         except OSError as error:
             reasons.append(str(error))
     raise MoverError(f"cuFile cannot be loaded ({'; '.join(reasons)}): {_FIX}")
@@ -134,21 +144,23 @@ def load() -> Api:
 @functools.cache
 def _verdict(library: str, seconds: float) -> tuple[str, str]:
     """Version of nvidia-fs, and why the driver cannot be opened (empty where it can)."""
-    # Not in the terminal's group, and nothing of ours to close.
-    process = subprocess.Popen(
-        [sys.executable, "-I", os.path.abspath(cufile_probe.__file__), library],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        out, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        known = "" if Path("/proc/modules").exists() else "; it is known to hang where /proc/modules is missing"
-        return "", f"opening its driver has not ended within {seconds:g} s{known}"
+    # Not in the terminal's group, and in a directory of its own: the library writes a log where it is.
+    with tempfile.TemporaryDirectory(prefix="lmcache-cufile-") as directory:
+        process = subprocess.Popen(
+            [sys.executable, "-I", os.path.abspath(cufile_probe.__file__), library],
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            out, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            known = "" if Path("/proc/modules").exists() else "; it is known to hang where /proc/modules is missing"
+            return "", f"opening its driver has not ended within {seconds:g} s{known}"
     try:
         said = json.loads(out.splitlines()[-1])
         err, cu_err = int(said["err"]), int(said["cu_err"])
@@ -165,7 +177,7 @@ _probing = threading.Lock()
 def probe(api: Api) -> str:
     """What a process that opened the driver found there. Raise `MoverError`. Tried once for each process of ours."""
     with _probing:
-        nvfs, why_not = _verdict(api.name, PROBE_S)
+        nvfs, why_not = _verdict(api.path, PROBE_S)
     if why_not:
         raise MoverError(f"cuFile does not work here: {why_not}")
     return "compatibility mode, nvidia-fs is not loaded" if nvfs == "0.0" else f"nvidia-fs {nvfs}"
@@ -236,15 +248,15 @@ class CufileMover(Mover):
     def shut(self, file: int) -> None:
         self._api.remove_file(file)
 
-    def move(self, pieces: Sequence[Piece], *, write: bool) -> list[MoverError | None]:
+    def move(self, pieces: Sequence[Piece], *, write: bool) -> list[Failure | None]:
         name, call = ("cuFileWrite", self._api.write) if write else ("cuFileRead", self._api.read)
-        results: list[MoverError | None] = []
+        results: list[Failure | None] = []
         for piece in pieces:
             try:
                 self._enter(piece.region)
                 self._whole(name, call, piece)
             except MoverError as error:
-                results.append(error)
+                results.append(Failure(str(error)))
             else:
                 results.append(None)
         return results

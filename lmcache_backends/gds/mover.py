@@ -27,11 +27,15 @@ _MOST_REASONS = 16
 
 
 class MoverError(Exception):
-    """Why a mover did not do something. Nothing of it is still under way."""
+    """Why a mover cannot be used, or not for this file or memory."""
 
 
-class MoverLost(MoverError):
-    """The same, but I/O may still be under way until the mover is closed."""
+class Failure(NamedTuple):
+    """Why a piece was not moved. No exception: its traceback would keep alive what the mover has to close."""
+
+    reason: str
+    lost: bool = False
+    """I/O may still be under way until the mover is closed."""
 
 
 class Piece(NamedTuple):
@@ -66,7 +70,7 @@ class Mover(ABC):
         """Undo `open`."""
 
     @abstractmethod
-    def move(self, pieces: Sequence[Piece], *, write: bool) -> list[MoverError | None]:
+    def move(self, pieces: Sequence[Piece], *, write: bool) -> list[Failure | None]:
         """Write to, or read from, the files; None for each piece all of whose bytes moved."""
 
     @abstractmethod
@@ -167,8 +171,7 @@ class Movement:
         mover = self._enter()
         if mover is None:
             return moved
-        errors: list[MoverError] = []
-        lost = ""
+        failures: list[Failure] = []
         try:
             pieces: list[Piece] = []
             places: list[int] = []
@@ -178,29 +181,29 @@ class Movement:
                     continue
                 file = self._file(mover, span.fd)
                 if isinstance(file, MoverError):
-                    errors.append(file)
+                    failures.append(Failure(str(file)))
                 else:
                     pieces.append(Piece(file, span.offset, span.address, span.nbytes, region))
                     places.append(i)
-            for i, error in zip(places, mover.move(pieces, write=write) if pieces else (), strict=True):
-                if error is None:
+            for i, failure in zip(places, mover.move(pieces, write=write) if pieces else (), strict=True):
+                if failure is None:
                     moved[i] = True
                 else:
-                    errors.append(error)
-                    lost = lost or (f"was lost: {error}" if isinstance(error, MoverLost) else "")
+                    failures.append(failure)
         finally:
             self._leave()
-        for error in errors:
-            self._count(str(error))
         with self._lock:
             self._moved += sum(moved)
-            self._failed_calls = self._failed_calls + 1 if errors else 0
+            self._failed_calls = self._failed_calls + 1 if failures else 0
             given_up = self._failed_calls >= FAILURES
-        if lost or given_up:
-            self._end(lost or f"failed {FAILURES} times in a row, last: {errors[-1]}")
-        if lost:
+        for failed in failures:
+            self._count(failed.reason)
+        if any(failed.lost for failed in failures):
+            self._end(f"was lost: {failures[-1].reason}")
             # The memory must not be anybody else's before nothing can write to it any more.
             self._ended.wait()
+        elif given_up:
+            self._end(f"failed {FAILURES} times in a row, last: {failures[-1].reason}")
         return moved
 
     def _file(self, mover: Mover, fd: int) -> Any:

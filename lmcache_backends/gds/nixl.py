@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lmcache_backends.gds import cufile
-from lmcache_backends.gds.mover import Mover, MoverError, MoverLost, Piece
+from lmcache_backends.gds.mover import Failure, Mover, MoverError, Piece
 from lmcache_core.protocols import Region
 
 _PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")
@@ -37,7 +37,7 @@ class NixlMover(Mover):
     def start(self) -> str:
         package = next((name for name in _PACKAGES if importlib.util.find_spec(name)), None)
         if package is None:
-            raise MoverError("NIXL is not installed: pip install nixl, or use `mover: host`")
+            raise MoverError("NIXL is not installed: pip install lmcache-core[nixl], or use `mover: host`")
         with _said(f"importing {package}"):
             api = importlib.import_module(f"{package}._api")
         with _said("starting an agent"):
@@ -70,16 +70,13 @@ class NixlMover(Mover):
         for plugin, registered in file[1].items():
             self._agent.deregister_memory(registered, [plugin])
 
-    def move(self, pieces: Sequence[Piece], *, write: bool) -> list[MoverError | None]:
-        results: list[MoverError | None] = [None] * len(pieces)
+    def move(self, pieces: Sequence[Piece], *, write: bool) -> list[Failure | None]:
+        results: list[Failure | None] = [None] * len(pieces)
         for on_device, plugin in tuple(self._plugin_of.items()):
             mine = [i for i, piece in enumerate(pieces) if (piece.region.device is not None) == on_device]
-            if mine:
-                try:
-                    self._transfer(plugin, [pieces[i] for i in mine], write=write)
-                except MoverError as error:
-                    for i in mine:
-                        results[i] = error
+            if mine and (failure := self._transfer(plugin, [pieces[i] for i in mine], write=write)):
+                for i in mine:
+                    results[i] = failure
         return results
 
     def close(self) -> None:
@@ -88,27 +85,32 @@ class NixlMover(Mover):
         self._memory = []
         del self._agent
 
-    def _transfer(self, plugin: str, pieces: list[Piece], *, write: bool) -> None:
+    def _transfer(self, plugin: str, pieces: list[Piece], *, write: bool) -> Failure | None:
         agent = self._agent
-        with _said("preparing a transfer"):
-            memory = [(piece.address, piece.nbytes, piece.region.device or 0) for piece in pieces]
-            file = [(piece.offset, piece.nbytes, piece.file[0]) for piece in pieces]
-            handle = agent.initialize_xfer(
-                "WRITE" if write else "READ",
-                agent.get_xfer_descs(np.array(memory, np.uint64), _kind(pieces[0].region)),
-                agent.get_xfer_descs(np.array(file, np.uint64), "FILE"),
-                self._agent_name,
-                b"",
-                [plugin],
-            )
-        with _said(f"a transfer by {plugin}", MoverLost):
-            state = agent.transfer(handle)
-            while state == "PROC":
-                sleep(_POLL_S)
-                state = agent.check_xfer_state(handle)
-            handle.release()
-        if state != "DONE":
-            raise MoverLost(f"NIXL: a transfer by {plugin} ended as {state}")
+        memory = [(piece.address, piece.nbytes, piece.region.device or 0) for piece in pieces]
+        file = [(piece.offset, piece.nbytes, piece.file[0]) for piece in pieces]
+        begun = False
+        try:
+            with _said(f"a transfer by {plugin}"):
+                handle = agent.initialize_xfer(
+                    "WRITE" if write else "READ",
+                    agent.get_xfer_descs(np.array(memory, np.uint64), _kind(pieces[0].region)),
+                    agent.get_xfer_descs(np.array(file, np.uint64), "FILE"),
+                    self._agent_name,
+                    b"",
+                    [plugin],
+                )
+                begun = True
+                state = agent.transfer(handle)
+                while state == "PROC":
+                    sleep(_POLL_S)
+                    state = agent.check_xfer_state(handle)
+                handle.release()
+                if state != "DONE":
+                    raise RuntimeError(f"it ended as {state}")
+        except MoverError as error:
+            return Failure(str(error), lost=begun)
+        return None
 
     def _device_plugin(self) -> str:
         """GDS_MT, or GDS; both open the cuFile driver in this process, so that must have been seen to work."""
@@ -129,9 +131,9 @@ def _kind(region: Region) -> str:
 
 
 @contextlib.contextmanager
-def _said(what: str, kind: type[MoverError] = MoverError) -> Iterator[None]:
+def _said(what: str) -> Iterator[None]:
     """Turn what NIXL raises, classes of its own below `Exception`, into a `MoverError`."""
     try:
         yield
     except Exception as error:
-        raise kind(f"NIXL: {what}: {type(error).__name__}: {error}") from None
+        raise MoverError(f"NIXL: {what}: {type(error).__name__}: {error}") from None

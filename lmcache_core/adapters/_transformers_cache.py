@@ -18,8 +18,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from lmcache_core.adapters._transformers_model import Bypass, Geometry
 from lmcache_core.copies import PagedKV, PageGeometry
 from lmcache_core.errors import Unsupported
+from lmcache_core.gpu import GpuPagedKV, How
 from lmcache_core.keys import TokenChain
 from lmcache_core.layout import KVLayout
+from lmcache_core.mirror import Mirror
 from lmcache_core.pipeline import Lease, Reservation
 
 
@@ -78,13 +80,26 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
+def is_gpu(device: torch.device, number: int) -> bool:
+    """Whether it is the CUDA device of that number."""
+    return device == torch.device("cuda", number)
+
+
+def stream_of(device: torch.device) -> int:
+    """This thread's stream, as an address."""
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
 class Mover:
     """Copies chunks of one model into and out of caches."""
 
-    def __init__(self, geometry: Geometry, layout: KVLayout) -> None:
+    def __init__(self, geometry: Geometry, layout: KVLayout, mirror: Mirror | None = None) -> None:
         self._geometry = geometry
         self._layout = layout
-        self.paged = geometry.device.type == "cpu" and layout.planes == 2
+        self._gpu = None if mirror is None else mirror.device
+        """The device of a GPU tier: copies are queued on the stream of the call."""
+        here = mirror is not None or geometry.device.type == "cpu"
+        self.paged = here and layout.planes == 2
         """Copy straight between slots and tensors; otherwise with torch, a chunk at a time."""
 
     def fill(self, cache: Any, rows: Sequence[Row], leases: Sequence[Lease], columns: int) -> None:
@@ -103,7 +118,8 @@ class Mover:
         ]
         for r, (row, lease, count) in enumerate(zip(rows, leases, counts, strict=True)):
             if self.paged and count:
-                self._pages(planes, r, row.pad, count).scatter(np.arange(count), lease.addresses[:count])
+                at = lease.addresses if self._gpu is None else lease.on_device(stream_of(g.device), count)
+                self._pages(planes, r, row.pad, count).scatter(np.arange(count), at[:count])
                 continue
             for i in range(count):
                 chunk = self._chunk(lease.view(i)).to(g.device, non_blocking=True)
@@ -111,7 +127,8 @@ class Mover:
                 for pair, (keys, values) in zip(planes, self._split(chunk), strict=True):
                     pair[0][r, :, part].copy_(keys.transpose(0, 1))
                     pair[1][r, :, part].copy_(values.transpose(0, 1))
-        synchronize(g.device)
+        if not self.paged:
+            synchronize(g.device)
         try:
             self._place(cache, [[plane[:, :, :columns] for plane in pair] for pair in planes], columns)
         except BaseException:
@@ -155,7 +172,8 @@ class Mover:
         size = self._layout.chunk_tokens
         if self.paged:
             planes = [[layer.keys.contiguous(), layer.values.contiguous()] for layer in cache.layers]
-            self._pages(planes, r, pad, max(room.positions) + 1).gather(room.positions, room.addresses)
+            at = room.addresses if self._gpu is None else room.on_device(stream_of(self._geometry.device))
+            self._pages(planes, r, pad, max(room.positions) + 1).gather(room.positions, at)
             return
         for i, position in enumerate(room.positions):
             part = slice(pad + position * size, pad + (position + 1) * size)
@@ -182,9 +200,12 @@ class Mover:
         return [(layer[0, ..., :dim], layer[0, ..., dim:]) for layer in chunk]
 
     def _pages(self, planes: Sequence[Sequence[torch.Tensor]], r: int, pad: int, blocks: int) -> PagedKV:
-        """Row `r` of K and V of every layer, contiguous on this host, as `blocks` pages of one chunk each."""
+        """Row `r` of K and V of every layer, contiguous, as `blocks` pages of one chunk each."""
         _, heads, width, dim = planes[0][0].shape
         start = (r * heads * width + pad) * dim * planes[0][0].itemsize
         bases = [[layer[plane].data_ptr() + start for layer in planes] for plane in range(2)]
         geometry = PageGeometry.sequence(self._layout, width)
+        if self._gpu is not None:
+            how = How(stream_of(self._geometry.device), self._gpu)
+            return GpuPagedKV(bases, geometry, blocks, how=how, owner=planes)
         return PagedKV(bases, geometry, blocks, threads=torch.get_num_threads(), owner=planes)

@@ -10,8 +10,8 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +29,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, Slid
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from lmcache_core import canonical
-from lmcache_core.copies import PagedKV, PageGeometry
+from lmcache_core import _cuda, canonical
+from lmcache_core.copies import Dim, PagedKV, PageGeometry, Plane
 from lmcache_core.errors import ConfigError, Problem, Unsupported
+from lmcache_core.gpu import CudaError, GpuPagedKV, How
 from lmcache_core.identity import Identity, fingerprint_weights
 from lmcache_core.layout import DTYPE_BYTES, KVLayout
 
@@ -51,6 +52,7 @@ PAGE_FORMAT = 1
 _METHODS: dict[str, tuple[str, ...]] = {
     "__init__": ("vllm_config", "role", "kv_cache_config"),
     "register_kv_caches": ("kv_caches",),
+    "bind_connector_metadata": ("connector_metadata",),
     "start_load_kv": ("forward_context", "kwargs"),
     "wait_for_layer_load": ("layer_name",),
     "save_kv_layer": ("layer_name", "kv_layer", "attn_metadata", "kwargs"),
@@ -76,7 +78,14 @@ _METHODS: dict[str, tuple[str, ...]] = {
 """Methods of `KVConnectorBase_V1` the adapter overrides or calls, with their parameters."""
 
 _FIELDS: dict[str, tuple[str, ...]] = {
-    "SchedulerOutput": ("num_scheduled_tokens", "total_num_scheduled_tokens", "kv_connector_block_state"),
+    "SchedulerOutput": (
+        "num_scheduled_tokens",
+        "total_num_scheduled_tokens",
+        "kv_connector_block_state",
+        "scheduled_new_reqs",
+        "scheduled_cached_reqs",
+        "kv_cache_block_copies",
+    ),
     "KVConnectorOutput": ("kv_connector_worker_meta", "invalid_block_ids", "finished_recving"),
     "KVConnectorBlockState": ("req_ids", "resolve_block_ids"),
     "MultiModalFeatureSpec": ("modality", "identifier", "mm_position"),
@@ -150,6 +159,14 @@ class Pages:
     num_blocks: int
     tensors: tuple[torch.Tensor, ...]
     """The layers' memory, in the order of `bases`."""
+    page: Plane
+    """One page of one layer: where its bytes are, in the order in which a slot has them."""
+    axes: tuple[int, ...] = (1, 2, 3)
+    """That order, as axes of the tensors."""
+    split: int = 1
+    """Into how many the engine's tensors cut each of its blocks."""
+    device: int | None = None
+    """The GPU whose memory it is; None for host memory."""
 
 
 def rank() -> tuple[int, int]:
@@ -232,27 +249,39 @@ def _describe_group(vllm_config: Any, num_blocks: int, group: Any, kv_caches: Ma
     names = tuple(sorted(group.layer_names, key=_layer_order))
     tensors = tuple(kv_caches[name] for name in names)
     first = tensors[0]
-    if first.device.type != "cpu":
-        raise Unsupported(f"KV in {first.device.type} memory is not supported yet")
+    kind = first.device.type
+    if kind not in ("cpu", "cuda"):
+        raise Unsupported(f"KV in {kind} memory is not supported yet")
+    if kind == "cuda" and not _cuda.available():
+        raise Unsupported(f"KV is in GPU memory, which lmcache-core cannot copy: {_cuda.why_not()}")
     dtype = str(first.dtype).removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
         raise Unsupported(f"KV of dtype {dtype} is not supported")
     itemsize = first.element_size()
     planes = 1 if isinstance(spec, MLAAttentionSpec) else 2
-    shape = (num_blocks, spec.num_kv_heads, spec.block_size, planes * spec.head_size)
-    page_items = shape[1] * shape[2] * shape[3]
+    # Where the kernels of the backend want shorter blocks, vLLM shows each of its blocks as several.
+    split = max(1, first.shape[0] // num_blocks) if kind == "cuda" else 1
+    shape = (num_blocks * split, spec.num_kv_heads, spec.block_size // split, planes * spec.head_size)
     for name, tensor in zip(names, tensors, strict=True):
         if tuple(tensor.shape) != shape or tensor.dtype != first.dtype or tensor.stride() != first.stride():
             raise Unsupported(
                 f"layer {name} has KV of shape {tuple(tensor.shape)}, strides {tensor.stride()}, {tensor.dtype}; "
                 f"expected {shape}, {first.stride()}, {first.dtype}"
             )
-    if not first[0].is_contiguous() or first.stride(0) < page_items:
-        raise Unsupported(f"a block of this KV layout is not one run of memory (strides {first.stride()})")
     if len({tensor.data_ptr() for tensor in tensors}) != len(tensors):
         raise Unsupported("layers that share their KV are not supported yet")
     layout_name = getattr(vllm_config.cache_config.kv_cache_layout, "name", vllm_config.cache_config.kv_cache_layout)
-    packed = (_mla_packing if planes == 1 else _cpu_packing)(vllm_config, names, spec, first.dtype)
+    axes, page = _page(str(layout_name), shape, first.stride(), itemsize)
+    if kind == "cpu" and page.dims:
+        raise Unsupported(f"a block of this KV layout is not one run of memory (strides {first.stride()})")
+    if split > 1:
+        if page.dims or first.stride(0) * itemsize != page.run_bytes:
+            raise Unsupported(f"vLLM's blocks are split in {split}, and not one run of memory ({first.stride()})")
+        page = replace(page, run_bytes=split * page.run_bytes)
+    if kind == "cuda":
+        packed = _backend(vllm_config, names) + (f"/split{split}" if split > 1 else "")
+    else:
+        packed = (_mla_packing if planes == 1 else _cpu_packing)(vllm_config, names, spec, first.dtype)
     layout = KVLayout(
         order="pages",
         dtype=dtype,
@@ -262,16 +291,73 @@ def _describe_group(vllm_config: Any, num_blocks: int, group: Any, kv_caches: Ma
         head_dim=spec.head_size,
         chunk_tokens=spec.block_size,
         block_tokens=spec.block_size,
-        packing=f"vllm-cpu/{PAGE_FORMAT}/{layout_name}/{packed}",
+        packing=f"vllm-{kind}/{PAGE_FORMAT}/{layout_name}/{packed}",
     )
-    bases = tuple(tensor.data_ptr() for tensor in tensors)
-    return Pages(layout, names, bases, first.stride(0) * itemsize, shape[0], tensors)
+    return Pages(
+        layout=layout,
+        names=names,
+        bases=tuple(tensor.data_ptr() for tensor in tensors),
+        block_stride=split * first.stride(0) * itemsize,
+        num_blocks=num_blocks,
+        tensors=tensors,
+        page=page,
+        axes=axes,
+        split=split,
+        device=first.device.index if kind == "cuda" else None,
+    )
+
+
+def _page(layout_name: str, shape: Sequence[int], strides: Sequence[int], item: int) -> tuple[tuple[int, ...], Plane]:
+    """The axes of a page in the order of the layout's name, and its bytes in that order.
+
+    A name says how memory is nested, outermost first: Layers, Blocks, Heads, tokeNs, Content; the tensors of all layers
+    have the axes [B, H, N, C]. Raise `Unsupported` where the strides say otherwise.
+    """
+    if sorted(layout_name) != sorted("LBHNC"):
+        raise Unsupported(f"the KV layout {layout_name!r} is not known")
+    nested = ["BHNC".index(letter) for letter in layout_name if letter != "L"]
+    beyond = 1
+    for axis in reversed(nested):
+        if shape[axis] > 1 and strides[axis] < beyond:
+            raise Unsupported(f"strides {tuple(strides)} of shape {tuple(shape)} are not of the layout {layout_name}")
+        beyond = max(beyond, strides[axis] * shape[axis])
+    inner = [axis for axis in nested if axis != 0]
+    run, inside, dims = item, item, []
+    for axis in reversed(inner):
+        step = strides[axis] * item
+        if shape[axis] > 1 and (dims or step != run):
+            dims.insert(0, Dim(shape[axis], step, inside))
+        elif shape[axis] > 1:
+            run *= shape[axis]
+        inside *= shape[axis]
+    return tuple(inner), Plane(run, tuple(dims))
+
+
+def _backend(vllm_config: Any, names: tuple[str, ...]) -> str:
+    """The attention backend of these layers, which writes their pages on a GPU. Identities name vLLM's version too."""
+    layers = vllm_config.compilation_config.static_forward_context
+    try:
+        found = {layers[name].get_attn_backend().get_name() for name in names}
+    except (AttributeError, KeyError) as error:
+        raise Unsupported(f"the attention layers do not name their backend ({error!r})") from error
+    if len(found) != 1:
+        raise Unsupported(f"the layers of one KV cache group have several attention backends: {sorted(found)}")
+    return str(found.pop())
+
+
+def compute_stream(device: int) -> int:
+    """The CUDA stream that the engine's next work goes to."""
+    return int(torch.cuda.current_stream(device).cuda_stream)
 
 
 def paged_kv(pages: Pages, layout: KVLayout, start: int = 0, stop: int | None = None) -> PagedKV:
     """The copier between layers `start...stop` of these pages and slots of `layout`, which is theirs alone."""
-    geometry = PageGeometry.opaque(layout, block_stride=pages.block_stride)
-    return PagedKV(pages.bases[start:stop], geometry, pages.num_blocks, owner=pages.tensors)
+    geometry = replace(PageGeometry.opaque(layout, block_stride=pages.block_stride), planes=(pages.page,))
+    bases, blocks = pages.bases[start:stop], pages.num_blocks
+    if pages.device is None:
+        return PagedKV(bases, geometry, blocks, owner=pages.tensors)
+    how = How(compute_stream(pages.device), pages.device)
+    return GpuPagedKV(bases, geometry, blocks, how=how, owner=pages.tensors)
 
 
 def prove_copies(pages: Pages) -> None:
@@ -280,28 +366,41 @@ def prove_copies(pages: Pages) -> None:
     Called before the engine serves: block 0 is its null block, and gets its bytes back. Raise `Unsupported` when a
     byte differs: then the addresses do not mean what the layout says.
     """
-    copier = paged_kv(pages, pages.layout)
-    slot = np.zeros(pages.layout.chunk_bytes, dtype=np.uint8)
+    slot = torch.zeros(pages.layout.chunk_bytes, dtype=torch.uint8, pin_memory=pages.device is not None).numpy()
     address = [int(slot.ctypes.data)]
     last = pages.num_blocks - 1
     before = {block: _bytes_of(pages, block) for block in (0, last)}
     pattern = np.random.default_rng(0).integers(0, 256, slot.size, dtype=np.uint8)
-    copier.gather([last], address)
-    same = np.array_equal(slot, before[last])
-    slot[:] = pattern
-    copier.scatter([0], address)
-    same = same and np.array_equal(_bytes_of(pages, 0), pattern)
-    slot[:] = before[0]
-    copier.scatter([0], address)
+    try:
+        copier = paged_kv(pages, pages.layout)
+        copier.gather([last], address)
+        _settle(pages)
+        same = np.array_equal(slot, before[last])
+        slot[:] = pattern
+        copier.scatter([0], address)
+        _settle(pages)
+        same = same and np.array_equal(_bytes_of(pages, 0), pattern)
+        slot[:] = before[0]
+        copier.scatter([0], address)
+        _settle(pages)
+    except (CudaError, ValueError) as error:
+        raise Unsupported(f"pages on GPU {pages.device} cannot be copied: {error}") from error
     same = same and all(np.array_equal(_bytes_of(pages, block), was) for block, was in before.items())
     if not same:
         raise Unsupported("copying a page did not give the bytes that vLLM's own tensors hold; the layout is not known")
 
 
+def _settle(pages: Pages) -> None:
+    """Wait for copies that were only queued."""
+    if pages.device is not None:
+        torch.cuda.current_stream(pages.device).synchronize()
+
+
 def _bytes_of(pages: Pages, block: int) -> NDArray[np.uint8]:
-    """One block of every layer, read through the engine's tensors."""
-    flat = torch.stack([tensor[block] for tensor in pages.tensors]).reshape(-1)
-    found: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    """One block of every layer, read through the engine's tensors, in the order of a slot."""
+    start, stop = block * pages.split, (block + 1) * pages.split
+    own = [tensor[start:stop].permute(0, *pages.axes) for tensor in pages.tensors]
+    found: NDArray[np.uint8] = torch.stack(own).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return found
 
 
@@ -428,6 +527,16 @@ def _fingerprint(name: str, revision: str | None) -> str:
 
 
 # -- requests --------------------------------------------------------------------------------------------------
+def blocks_written(scheduler_output: Any, block_tokens: int) -> Iterator[int]:
+    """Blocks that requests were given for this step and that it may write; what they had before is theirs alone."""
+    for new in scheduler_output.scheduled_new_reqs:
+        for table in new.block_ids:
+            yield from table[new.num_computed_tokens // block_tokens :]
+    for given in scheduler_output.scheduled_cached_reqs.new_block_ids:
+        for table in given or ():
+            yield from table
+
+
 def refuse_request(request: Any) -> str:
     """Why this request's KV cannot be named by its token ids alone, or an empty string."""
     if any(not isinstance(f.identifier, str) or not f.identifier for f in request.mm_features):

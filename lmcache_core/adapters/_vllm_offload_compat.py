@@ -50,21 +50,61 @@ try:
     from vllm.v1.kv_offload.base import (
         CanonicalKVCaches,
         GPULoadStoreSpec,
+        LoadStoreSpec,
         Locality,
         LookupResult,
         Medium,
         OffloadingCounterMetadata,
+        OffloadingEvent,
         OffloadingManager,
         OffloadingSpec,
         OffloadingWorker,
+        OffloadKey,
         PrepareStoreOutput,
         ReqContext,
+        RequestOffloadingContext,
         TransferResult,
+        get_offload_group_idx,
     )
     from vllm.v1.kv_offload.config import OffloadingConfig
     from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 except ImportError as error:  # 0.30 and 0.31
     raise unknown([str(error)]) from error
+
+__all__ = [
+    "ROW_FORMAT",
+    "SPEC_KEYS",
+    "TESTED",
+    "CanonicalKVCaches",
+    "Counted",
+    "GPULoadStoreSpec",
+    "JobResult",
+    "LoadStoreSpec",
+    "Locality",
+    "LookupResult",
+    "Medium",
+    "OffloadKey",
+    "OffloadingEvent",
+    "OffloadingManager",
+    "OffloadingSpec",
+    "OffloadingWorker",
+    "PrepareStoreOutput",
+    "ReqContext",
+    "RequestOffloadingContext",
+    "SecondaryTierManager",
+    "Settings",
+    "TransferJob",
+    "TransferResult",
+    "check_api",
+    "differences",
+    "engine_of",
+    "get_offload_group_idx",
+    "identity",
+    "logger",
+    "metric_definitions",
+    "row_layout",
+    "settings_of",
+]
 
 logger = init_logger("vllm.lmcache_core")  # below vLLM's own, whose handlers and level apply
 
@@ -221,7 +261,9 @@ def row_layout(
             "`blocks_per_chunk`, or start vLLM with --disable-hybrid-kv-cache-manager"
         )
     facts = {
-        "groups": [[type(spec).__name__, repr(spec), len(g.layer_names)] for spec, g in zip(specs, config.groups)],
+        "groups": [
+            [type(spec).__name__, repr(spec), len(g.layer_names)] for spec, g in zip(specs, config.groups, strict=True)
+        ],
         "pages": [_page_format(vllm_config, spec) for spec in specs],
         "blocks": blocks,
         "workers": config.parallel.world_size,

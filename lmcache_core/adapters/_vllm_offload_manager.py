@@ -13,7 +13,6 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-from vllm.v1.kv_offload.base import OffloadingEvent, OffloadKey, RequestOffloadingContext, get_offload_group_idx
 
 from lmcache_core.adapters import _vllm_offload_compat as compat
 from lmcache_core.adapters._page_store import Store
@@ -21,9 +20,13 @@ from lmcache_core.adapters._vllm_compat import CacheHitSource
 from lmcache_core.adapters._vllm_offload_compat import (
     LookupResult,
     Medium,
+    OffloadingEvent,
     OffloadingManager,
+    OffloadKey,
     PrepareStoreOutput,
     ReqContext,
+    RequestOffloadingContext,
+    get_offload_group_idx,
     logger,
 )
 from lmcache_core.adapters._vllm_offload_worker import ArenaSpec

@@ -9,11 +9,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from vllm.v1.kv_offload.base import LoadStoreSpec
 
 from lmcache_core.adapters._vllm_offload_compat import (
     CanonicalKVCaches,
     GPULoadStoreSpec,
+    LoadStoreSpec,
     OffloadingWorker,
     TransferResult,
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
@@ -152,6 +152,10 @@ class _Step:
     began: float
     leases: list[Lease] = field(default_factory=list)
     reservations: list[Reservation] = field(default_factory=list)
+    saves: Copies | None = None
+    """From where the reservations are filled."""
+    spoiled: bool = False
+    """What the reservations hold is not to be trusted."""
     prefilled: int = 0
     """Prompt tokens that the step computes."""
     arrivals: list[tuple[Request, list[ChunkKey], Sequence[int]]] = field(default_factory=list)
@@ -212,6 +216,9 @@ class Scheduler:
         self._async: list[_Load] = []
         self._steps: dict[int, _Step] = {}
         self._step = 0
+        self._workers = len(parts)
+        self._reports: dict[int, StepReport] = {}
+        """Of steps that some workers have not told of yet."""
 
     # -- one request -----------------------------------------------------------------------------------------
     def match(self, request: Request, computed: int, *, read: bool = True) -> tuple[int | None, bool]:
@@ -320,8 +327,22 @@ class Scheduler:
         }
 
     # -- one step --------------------------------------------------------------------------------------------
-    def plan(self, scheduled: Mapping[str, int], tables: Callable[[str], Tables | None]) -> StepPlan:
-        """The worker's part of a step that computes `scheduled` tokens per request; `tables` gives its blocks."""
+    @property
+    def under_way(self) -> bool:
+        """Whether a worker has yet to report copies of a step."""
+        return bool(self._steps)
+
+    def plan(
+        self,
+        scheduled: Mapping[str, int],
+        tables: Callable[[str], Tables | None],
+        written: Callable[[], Iterable[int]] | None = None,
+    ) -> StepPlan:
+        """The worker's part of a step that computes `scheduled` tokens per request; `tables` gives its blocks.
+
+        `written()` is blocks that the step may write and no step of the same request before: given where a worker's
+        copies may outlast their step.
+        """
         self._step += 1
         plan, step = StepPlan(self._step), _Step(monotonic())
         try:
@@ -340,6 +361,12 @@ class Scheduler:
             self._give_up("saves")
             while step.reservations:
                 step.reservations.pop().abort()
+        if written is not None and self._steps:
+            blocks = np.fromiter(written(), dtype=np.int64)
+            if plan.loads is not None:
+                blocks = np.concatenate([blocks, plan.loads.block_ids.ravel()])
+            plan.after = max(self._saving(blocks), default=0)
+        step.saves = plan.saves
         if step.leases or step.reservations:
             self._steps[self._step] = step
         return plan
@@ -367,12 +394,35 @@ class Scheduler:
             plan.loads = Copies(np.concatenate(rows, axis=1), np.concatenate(offsets))
         self._sync, self._async = [], waiting
 
+    def _saving(self, blocks: NDArray[np.int64]) -> list[int]:
+        """Steps whose saves may still read some of these blocks."""
+        return [
+            number
+            for number, step in self._steps.items()
+            if step.saves is not None and np.isin(step.saves.block_ids, blocks).any()
+        ]
+
+    def overwritten(self, blocks: Iterable[int]) -> None:
+        """The engine writes these blocks and will not wait for their saves: what is still being saved is dropped."""
+        for number in self._saving(np.fromiter(blocks, dtype=np.int64)):
+            self._steps[number].spoiled = True
+
     def done(self, report: StepReport) -> None:
-        """The worker has carried out the plan of a step (and of all before it)."""
+        """Workers have carried out the plan of a step (and of all before it)."""
+        if report.step in self._reports:
+            report = self._reports.pop(report.step).merge(report)
+        if report.workers < self._workers:
+            self._reports[report.step] = report
+            return
+        self._reports = {number: told for number, told in self._reports.items() if number > report.step}
         if report.attached is not None and self._attach is not None:
             self._attach = None
             if not report.attached:
                 self._detached(report.error)
+        elif report.error and not self.disabled:
+            self._detached(report.error)
+            for step in self._steps.values():
+                step.spoiled = True  # the engine may have computed on from what was never loaded
         for number in [n for n in self._steps if n <= report.step]:
             step = self._steps.pop(number)
             # Steps that save report, which prompts do; a step that waited behind another one looks slower than it was,
@@ -383,11 +433,11 @@ class Scheduler:
                 lease.release()
             for reservation in step.reservations:
                 # A step that was never reported may not have been carried out: its slots hold nothing to be trusted.
-                if number == report.step and report.copied:
+                if number == report.step and report.copied and not step.spoiled:
                     self.counts["saved_chunks"] += reservation.commit()
                 else:
                     reservation.abort()
-            if self._arrived is not None and number == report.step and report.copied:
+            if self._arrived is not None and number == report.step and report.copied and not step.spoiled:
                 for arrival in step.arrivals:
                     self._arrived(*arrival)
 

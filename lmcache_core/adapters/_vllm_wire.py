@@ -47,24 +47,29 @@ class StepPlan:
     """Requests whose asynchronous load ends with this step's `loads`."""
     failed_blocks: list[int] = field(default_factory=list)
     """Blocks that were promised and cannot be filled; the engine computes them itself."""
+    after: int = 0
+    """This step writes blocks that the saves of this earlier step, or of one before it, may still be reading."""
 
     @property
     def empty(self) -> bool:
         """Whether the worker has nothing to do."""
-        return not (self.attach or self.loads or self.saves or self.received or self.failed_blocks)
+        return not (self.attach or self.loads or self.saves or self.received or self.failed_blocks or self.after)
 
 
 @dataclass(slots=True)
 class StepReport:
-    """Worker -> scheduler: what was done in a step."""
+    """Worker -> scheduler: what was done in a step. Workers on a GPU tell it some steps later; each tells its steps in
+    their order."""
 
     step: int
     attached: bool | None = None
     """Outcome of `StepPlan.attach`; None when it was not asked for."""
     error: str = ""
-    """Why `attached` is False."""
+    """Why `attached` is False, or why copies failed that should not."""
     copied: bool = True
     """Whether the copies of the plan were made."""
+    workers: int = field(default=1, compare=False)
+    """How many workers say so."""
 
     def merge(self, other: StepReport) -> StepReport:
         """The report of two ranks about the same step: done only where both have done it."""
@@ -73,4 +78,5 @@ class StepReport:
         attached = self.attached
         if attached is None or other.attached is False:
             attached = other.attached
-        return StepReport(self.step, attached, self.error or other.error, self.copied and other.copied)
+        copied, workers = self.copied and other.copied, self.workers + other.workers
+        return StepReport(self.step, attached, self.error or other.error, copied, workers)

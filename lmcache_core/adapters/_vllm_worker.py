@@ -47,7 +47,7 @@ class _Copier:
 
 
 class Worker:
-    """Copies for one rank. Called by the engine's worker thread only."""
+    """Copies for one rank, whose pages are in host memory. Called by the engine's worker thread only."""
 
     def __init__(self, rank: Rank, groups: Sequence[Group], *, by_layer: bool = False) -> None:
         """`by_layer` overlaps the copies of a layer with the computing of others; the engine must then announce every
@@ -57,6 +57,7 @@ class Worker:
         self._region: Region | None = None
         self._whole: list[_Copier] = []
         self._layers: dict[str, _Copier] = {}
+        self._by_layer = by_layer
         self._pool = ThreadPoolExecutor(1, "lmcache-layers") if by_layer else None
         self._loading: dict[str, Future[None]] = {}
         self._saving: dict[str, Future[None]] = {}
@@ -66,12 +67,7 @@ class Worker:
 
     def load(self, plan: StepPlan) -> None:
         """Fill the blocks this step reads."""
-        report = StepReport(plan.step)
-        if plan.attach is not None and self._region is None:
-            report.error = self._map(plan.attach)
-        if plan.attach is not None:
-            report.attached = self._region is not None
-        report.copied = self._region is not None
+        report = self._attached(plan)
         loads = plan.loads
         if loads is not None and self._region is None:
             self._failed.update(loads.block_ids[loads.block_ids >= 0].tolist())
@@ -104,7 +100,7 @@ class Worker:
             while self._loading:
                 self._loading.popitem()[1].result()
             self._failed.update(plan.loads.block_ids[plan.loads.block_ids >= 0].tolist())
-            self._layers = {}
+            self._layers, self._by_layer = {}, False
             if self._pool is not None:
                 self._pool.shutdown()
             self._pool = None
@@ -163,6 +159,16 @@ class Worker:
             )
         return offsets + region.address
 
+    def _attached(self, plan: StepPlan) -> StepReport:
+        """Map the arena if that is asked for and was not done yet; the report of this step so far."""
+        report = StepReport(plan.step)
+        if plan.attach is not None and self._region is None:
+            report.error = self._map(plan.attach)
+        if plan.attach is not None:
+            report.attached = self._region is not None
+        report.copied = self._region is not None
+        return report
+
     def _map(self, attach: Attach) -> str:
         """Map the arena; why not, or an empty string."""
         parts = attach.parts.get(self._rank, [])
@@ -172,7 +178,7 @@ class Worker:
             return f"scheduler and worker {self._rank} disagree about the KV layout: {told} and {own}"
         try:
             self._whole = [self._copier(i, part, 0, part.layout.num_layers) for i, part in enumerate(parts)]
-            if self._pool is not None:
+            if self._by_layer:
                 for i, part in enumerate(parts):
                     for at, name in enumerate(self._groups[i].layers):
                         self._layers[name] = self._copier(i, part, at, at + 1)

@@ -33,7 +33,16 @@ import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
-from lmcache_core.adapters._transformers_cache import Mover, Row, new_cache, record, synchronize, unrecord, usable
+from lmcache_core.adapters._transformers_cache import (
+    Mover,
+    Row,
+    is_gpu,
+    new_cache,
+    record,
+    synchronize,
+    unrecord,
+    usable,
+)
 from lmcache_core.adapters._transformers_model import Bypass, Geometry, Guard, probe, state_refusal
 from lmcache_core.build import build
 from lmcache_core.config import PipelineConfig, load
@@ -172,7 +181,12 @@ class Handle:
         self.model = model
         self.pipeline = pipeline
         self.geometry = geometry
-        self.mover = Mover(geometry, pipeline.layout)
+        if pipeline.mirror is not None and not is_gpu(geometry.device, pipeline.mirror.device):
+            raise Unsupported(
+                f"tier {pipeline.mirror.name} is on GPU {pipeline.mirror.device}, the model on {geometry.device}: set the "
+                "backend's `device`, move the model, or remove the tier"
+            )
+        self.mover = Mover(geometry, pipeline.layout, pipeline.mirror)
         self.tenant = tenant
         """Whose the next calls are, where the configuration has `tenancy`; without one they are not cached."""
         self.last = Call()

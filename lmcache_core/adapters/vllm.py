@@ -30,6 +30,7 @@ from vllm.logger import init_logger
 
 from lmcache_core import config
 from lmcache_core.adapters import _vllm_compat as compat
+from lmcache_core.adapters._vllm_gpu import GpuWorker
 from lmcache_core.adapters._vllm_params import TENANT
 from lmcache_core.adapters._vllm_parts import Rank, assemble
 from lmcache_core.adapters._vllm_scheduler import Request, Scheduler, Tables
@@ -38,6 +39,7 @@ from lmcache_core.adapters._vllm_wire import StepPlan, StepReport
 from lmcache_core.adapters._vllm_worker import Group, Worker
 from lmcache_core.build import build
 from lmcache_core.errors import ConfigError, Problem, Unsupported
+from lmcache_core.gpu import CudaError
 from lmcache_core.identity import Identity
 from lmcache_core.layout import KVLayout
 from lmcache_core.pipeline import Pipeline
@@ -75,15 +77,18 @@ class StepMetadata(KVConnectorMetadata):
 
 
 class ReportMetadata(KVConnectorWorkerMetadata):
-    """A `StepReport` on its way to the scheduler."""
+    """`StepReport`s on their way to the scheduler, by step."""
 
-    def __init__(self, report: StepReport) -> None:
-        self.report = report
+    def __init__(self, reports: Iterable[StepReport]) -> None:
+        self.reports: dict[int, StepReport] = {}
+        for report in reports:
+            known = self.reports.get(report.step)
+            self.reports[report.step] = report if known is None else known.merge(report)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> ReportMetadata:
         if not isinstance(other, ReportMetadata):
             raise TypeError(f"expected ReportMetadata, got {type(other).__name__}")
-        return ReportMetadata(self.report.merge(other.report))
+        return ReportMetadata([*self.reports.values(), *other.reports.values()])
 
 
 @dataclass
@@ -92,6 +97,7 @@ class PagesMetadata(KVConnectorHandshakeMetadata):
 
     layouts: list[KVLayout]
     refusal: str = ""
+    on_gpu: bool = False
 
 
 class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
@@ -105,6 +111,7 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: Worker | None = None
         self._pages = PagesMetadata([], "the engine registered no KV memory")
         self._events: Events | None = None
+        self._on_gpu = False
         self._counted: dict[str, int] = {}
         if role is KVConnectorRole.SCHEDULER:
             # Mistakes in the configuration stop the engine now, before it has loaded anything.
@@ -122,18 +129,29 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
             groups = compat.describe_pages(self._vllm_config, self._kv_cache_config, kv_caches)
             for pages in groups:
                 compat.prove_copies(pages)
-        except Unsupported as error:
+            bound = [Group(pages.layout, pages.names, partial(compat.paged_kv, pages)) for pages in groups]
+            device, by_layer = groups[0].device, self._settings.layerwise
+            if device is None:
+                self._worker = Worker(compat.rank(), bound, by_layer=by_layer)
+            else:
+                compute = partial(compat.compute_stream, device)
+                self._worker = GpuWorker(compat.rank(), bound, device=device, compute=compute, by_layer=by_layer)
+        except (Unsupported, CudaError) as error:
             self._pages = PagesMetadata([], str(error))
             return
-        self._pages = PagesMetadata([pages.layout for pages in groups])
-        bound = [Group(pages.layout, pages.names, partial(compat.paged_kv, pages)) for pages in groups]
-        self._worker = Worker(compat.rank(), bound, by_layer=self._settings.layerwise)
+        self._pages = PagesMetadata([pages.layout for pages in groups], on_gpu=device is not None)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """The layout of this worker's pages, for the scheduler."""
         return self._pages
 
     # -- worker: a step --------------------------------------------------------------------------------------
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """The engine is about to compute, whether or not it loads anything first."""
+        super().bind_connector_metadata(connector_metadata)
+        if isinstance(self._worker, GpuWorker) and (plan := self._plan()) is not None:
+            self._worker.begin(plan)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Copy every chunk of this step's plan into its blocks."""
         if self._worker is not None and (plan := self._plan()) is not None:
@@ -169,8 +187,10 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """Tell the scheduler what was copied."""
-        report = self._worker.report() if self._worker is not None else None
-        return None if report is None else ReportMetadata(report)
+        reports: list[StepReport] = []
+        while self._worker is not None and (report := self._worker.report()) is not None:
+            reports.append(report)
+        return ReportMetadata(reports) if reports else None
 
     def _plan(self) -> StepPlan | None:
         metadata = self._get_connector_metadata()
@@ -193,6 +213,7 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
     def _start(self, found: Mapping[Rank, KVConnectorHandshakeMetadata]) -> Scheduler:
         parallel = self._vllm_config.parallel_config
         workers: dict[Rank, Sequence[KVLayout]] = {}
+        self._on_gpu = any(getattr(pages, "on_gpu", False) for pages in found.values())
         for rank, pages in found.items():
             if not isinstance(pages, PagesMetadata):
                 raise Unsupported(f"worker {rank} is of another connector: {type(pages).__name__}")
@@ -293,7 +314,8 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         return compat.hit_sources(by_tier, self._scheduler.pipeline.memory_name)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Let go of the request, and answer it. Its blocks may be freed: nothing is copied after its step."""
+        """Let go of the request, and answer it. Its blocks may be freed: whoever writes them next waits for copies that
+        still read them (`StepPlan.after`)."""
         return False, None if self._scheduler is None else self._scheduler.finished(request.request_id)
 
     def request_finished_all_groups(
@@ -307,14 +329,23 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         """The worker's part of this step."""
         if self._scheduler is None:
             return StepMetadata(None)
-        plan = self._scheduler.plan(scheduler_output.num_scheduled_tokens, _tables(scheduler_output))
+        block = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        written = partial(compat.blocks_written, scheduler_output, block) if self._on_gpu else None
+        if written is not None and (copies := scheduler_output.kv_cache_block_copies):
+            self._scheduler.overwritten(copy.dst_block_id for copy in copies)
+        plan = self._scheduler.plan(scheduler_output.num_scheduled_tokens, _tables(scheduler_output), written)
         return StepMetadata(None if plan.empty else plan)
+
+    def has_pending_push_work(self) -> bool:
+        """Copies that a GPU still makes are asked about in the engine's next step, so there must be one."""
+        return self._on_gpu and self._scheduler is not None and self._scheduler.under_way
 
     def update_connector_output(self, connector_output: Any) -> None:
         """What the worker has done: release what was loaded, publish what was saved."""
         metadata = connector_output.kv_connector_worker_meta
         if self._scheduler is not None and isinstance(metadata, ReportMetadata):
-            self._scheduler.done(metadata.report)
+            for step in sorted(metadata.reports):
+                self._scheduler.done(metadata.reports[step])
 
     # -- scheduler: what others hear -------------------------------------------------------------------------
     def take_events(self) -> Iterable[Any]:

@@ -18,7 +18,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from vllm.v1.kv_offload.base import OffloadKey, RequestOffloadingContext, get_offload_group_idx
 
 from lmcache_core.adapters import _vllm_compat
 from lmcache_core.adapters import _vllm_offload_compat as compat
@@ -29,9 +28,12 @@ from lmcache_core.adapters._vllm_offload_compat import (
     LookupResult,
     Medium,
     OffloadingSpec,
+    OffloadKey,
     ReqContext,
+    RequestOffloadingContext,
     SecondaryTierManager,
     TransferJob,
+    get_offload_group_idx,
     logger,
 )
 from lmcache_core.adapters._vllm_offload_manager import SHUTDOWN_S, Manager, Nothing
@@ -117,7 +119,7 @@ class LMCacheCoreTier(SecondaryTierManager):
         pipeline = load(chosen.config).config
         self._errors = Errors(logger)
         self._requests: dict[str, _Request] = {}
-        self._running: set[Future[JobResult]] = set()
+        self._running: dict[Future[None], TransferJob] = {}
         self._finished: SimpleQueue[tuple[TransferJob, JobResult]] = SimpleQueue()
         self._loaders = ThreadPoolExecutor(LOADERS, "lmcache-load")
         self._saver = ThreadPoolExecutor(1, "lmcache-save")
@@ -159,7 +161,7 @@ class LMCacheCoreTier(SecondaryTierManager):
         if found is None:
             if key in request.asking or any(key in keys for keys, _ in request.hits):
                 return LookupResult.RETRY
-            found = self._errors.safely("lookup", lambda: store.known(key), False)
+            found = store.known(key)
             if found is None:
                 request.asking.append(key)
                 return LookupResult.RETRY
@@ -213,36 +215,31 @@ class LMCacheCoreTier(SecondaryTierManager):
         pool: ThreadPoolExecutor,
         copy: Callable[[PageStore, Sequence[Any], NDArray[np.int32]], list[bool]],
     ) -> None:
-        failed = JobResult(job.job_id, success=False)
         store = self._store
         if store is None:
-            self._finished.put((job, failed))
+            self._finished.put((job, JobResult(job.job_id, success=False)))
             return
         names = list(job.keys)
         keys = store.keys(names)
 
-        def run() -> JobResult:
+        def run() -> None:
             begun = monotonic()
             what = "load" if job.is_promotion else "store"
             done = self._errors.safely(what, lambda: copy(store, keys, job.chunk_ids), [False] * len(keys))
-            return JobResult(
+            result = JobResult(
                 job.job_id,
                 success=all(done),
                 successful_keys=[name for name, well in zip(names, done, strict=True) if well],
                 transfer_time=monotonic() - begun,
                 transfer_bytes=sum(done) * self.block_size_bytes,
             )
+            self._finished.put((job, result))
 
-        def ended(future: Future[JobResult]) -> None:
-            self._finished.put((job, failed if future.cancelled() else future.result()))
-
-        future = pool.submit(run)
-        self._running.add(future)
-        future.add_done_callback(ended)
+        self._running[pool.submit(run)] = job
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """The jobs that ended since the last time. Of a load that failed in part, the leading rows are good."""
-        self._running = {future for future in self._running if not future.done()}
+        self._running = {future: job for future, job in self._running.items() if not future.done()}
         results = []
         while not self._finished.empty():
             job, result = self._finished.get()
@@ -271,6 +268,9 @@ class LMCacheCoreTier(SecondaryTierManager):
         """End the jobs, write down what must be kept, and let go of vLLM's memory."""
         for pool in (self._loaders, self._saver):
             pool.shutdown(wait=True, cancel_futures=True)
+        for future, job in self._running.items():
+            if future.cancelled():
+                self._finished.put((job, JobResult(job.job_id, success=False)))
         store, self._store = self._store, None
         if store is not None:
             store.pipeline.close(SHUTDOWN_S)

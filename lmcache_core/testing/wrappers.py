@@ -55,6 +55,9 @@ class Forwarding(StorageBackend):
     def usage(self) -> Usage | None:
         return self.inner.usage()
 
+    def stats(self) -> dict[str, Any]:
+        return self.inner.stats()
+
     def close(self) -> None:
         self.inner.close()
 

@@ -162,6 +162,9 @@ class CacheGen(Serde):
         nothing would have been saved)."""
         return self._refused
 
+    def stats(self) -> dict[str, int]:
+        return {"refused_rows": self.refused_rows}
+
     def bound(self) -> int:
         return self.shape.bound if self._profile is None else self.shape.bound + bits.AUX
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_cuda import FakeCuda, installed
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -122,6 +123,45 @@ def test_cold_warm_and_partial_hits_equal_no_cache(kind: str) -> None:
                 assert handle.last.sources == ("dram",) * reused + (COMPUTED,) * (ids.shape[1] // CHUNK - reused)
         handle.pipeline.check()
         assert handle.counts["errors"] == 0
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    """The CPU plays the GPU; torch's stream is the one that runs at once."""
+    cache = "lmcache_core.adapters._transformers_cache"
+    monkeypatch.setattr("lmcache_core.adapters.transformers.is_gpu", lambda device, number: True)
+    monkeypatch.setattr(f"{cache}.stream_of", lambda device: 0)
+    with installed() as cuda:
+        yield cuda
+
+
+@pytest.mark.parametrize("places, batch", [(64, 1), (3, 1), (64, 2)], ids=["all fit", "three fit", "batch"])
+def test_a_gpu_tier_serves_what_it_holds_and_the_host_the_rest(on_gpu: FakeCuda, places: int, batch: int) -> None:
+    model = tiny()
+    layout = probe(model).layout(CHUNK)
+    hbm = {"name": "hbm", "capacity": places * layout.chunk_bytes, "backend": {"type": "gpu", "spare": 0}}
+    settings = config()
+    settings["tiers"].insert(0, hbm)
+    ids = torch.cat([prompt(5 * CHUNK + 3, seed=n) for n in range(batch)])
+    plain = model.generate(ids, do_sample=False, max_new_tokens=4)
+    with attach(model, settings) as handle:
+        for sources in (COMPUTED, "hbm", "dram", "hbm"):
+            assert torch.equal(model.generate(ids, do_sample=False, max_new_tokens=4), plain)
+            assert handle.pipeline.flush(10) and handle.counts["errors"] == 0
+            few = min(places, 5) if sources == "hbm" else 5
+            assert handle.last.sources == (sources,) * few * batch + ("dram",) * (5 - few) * batch
+            if sources == "hbm":
+                handle.pipeline.clear("hbm")
+        handle.pipeline.check(idle=True)
+
+
+def test_a_gpu_tier_is_for_the_model_s_own_gpu() -> None:
+    model = tiny()
+    hbm = {"name": "hbm", "capacity": "1MiB", "backend": {"type": "gpu", "spare": 0}}
+    settings = config()
+    settings["tiers"].insert(0, hbm)
+    with installed(), pytest.raises(Unsupported, match="tier hbm is on GPU 0, the model on cpu"):
+        attach(model, settings)
 
 
 @pytest.mark.parametrize("save_paged", [True, False])

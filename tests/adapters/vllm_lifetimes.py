@@ -169,6 +169,7 @@ class Engine:
                     step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)
                 ],
                 "told": request.kv_transfer_params,
+                "cached": request.num_cached_tokens,
             }
             for request in requests
             for output in request.outputs
@@ -198,11 +199,12 @@ class Engine:
 
 @contextmanager
 def engine(model: Path, work: Path, *, cache: bool = True, load: str = "auto", **options: Any) -> Iterator[Engine]:
-    """Start vLLM on `model`; with `cache`, a DRAM tier over a disk tier below `work`."""
+    """Start vLLM on `model`; with `cache`, a DRAM tier over a disk tier below `work`, behind the connector unless
+    `options` have another `kv_transfer_config`."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    if cache:
+    if cache and "kv_transfer_config" not in options:
         tiers = [
             {"name": "dram", "capacity": options.pop("dram", "512MiB"), "backend": {"type": "cpu"}},
             {"name": "disk", "capacity": "2GiB", "write": "through", "backend": {"type": "gds", "path": str(work)}},

@@ -11,11 +11,12 @@ import argparse
 import time
 
 import numpy as np
-from codec_cases import any_case, tampered
+from codec_cases import any_case, any_turned, tampered
 
 from lmcache_core import _native
 from lmcache_serde.cachegen import native, reference
-from lmcache_serde.cachegen.format import CodecError
+from lmcache_serde.cachegen.format import AUX, CodecError
+from lmcache_serde.cachegen.profile import Profile
 
 
 def main() -> None:
@@ -27,22 +28,27 @@ def main() -> None:
     blobs = refused = 0
     until = time.monotonic() + options.seconds
     while time.monotonic() < until:
-        shape, how, data = any_case(rng)
-        room = np.zeros(shape.bound, np.uint8)
-        (size,), _ = native.encode(shape, how, [data], [room])
+        profile: Profile | None = None
+        start = -1
+        if blobs % 3:
+            shape, how, data = any_case(rng)
+        else:
+            shape, how, data, profile, start = any_turned(rng)
+        room = np.zeros(shape.bound + AUX, np.uint8)
+        (size,), _ = native.encode(shape, how, [data], [room], profile, [start])
         if size > 60_000:
             continue
         for _ in range(20):
-            bad = tampered(rng, room[:size], shape)
+            bad = tampered(rng, room[:size], shape, profile)
             try:
-                expected = reference.decode(shape, bad)
+                expected = reference.decode(shape, bad, profile=profile)
             except CodecError:
                 expected = None
             for level in ("portable", "avx2", "avx512"):
                 _native.limit_simd(level + "+sha")
                 out = np.zeros(shape.nbytes, np.uint8)
                 try:
-                    native.decode(shape, [bad], [out])
+                    native.decode(shape, [bad], [out], profile=profile)
                 except CodecError:
                     out = None
                 if (out is None) != (expected is None) or not (out is None or np.array_equal(out, expected)):
