@@ -276,7 +276,7 @@ class Serde(ABC):
         """Decode each blob so that it fills its buffer exactly, or raise `CorruptChunk`."""
 
     def stats(self) -> dict[str, Any]:
-        """Counters of its own since start-up, such as what it refused to encode: plain data, for people and dashboards."""
+        """Counters of its own since start-up, such as what it refused to encode: plain data, for people."""
         return {}
 
 

@@ -41,12 +41,14 @@ static uint64_t check_of(const uint8_t *data, uint64_t bytes, uint64_t first = 0
     return plain + weighted * WEIGHT;
 }
 
+// `shape.aux` decides what belongs to it.
 static uint64_t header_check(const uint8_t *blob, const Shape &shape) {
     return check_of(blob, 56) + check_of(blob + 64, shape.rows_at() - 64, 14);
 }
 
+// The tile's elements; of components, `steps` [token][64 G].
 static bool decode_tile(const uint8_t *blob, const Shape &shape, const Row &row, uint32_t range, uint32_t group,
-                        uint8_t *out) {
+                        uint8_t *out, std::vector<uint16_t> &steps) {
     const uint32_t tile = range * shape.groups() + group, first = range * row.tile_tokens;
     const uint32_t m = row.coded - first < row.tile_tokens ? row.coded - first : row.tile_tokens;
     const auto *ends = reinterpret_cast<const uint32_t *>(blob + row.table);
@@ -82,6 +84,11 @@ static bool decode_tile(const uint8_t *blob, const Shape &shape, const Row &row,
             if (row.mode == EXACT) remainder_at(remainder, shape.mantissa(), m, t, 2 * l, rest);
             for (uint32_t k = 0; k < 2; ++k) {
                 const uint32_t channel = group * GROUP + 2 * l + k;
+                if (row.turned) {
+                    const uint32_t at = (first + t) * GROUP * shape.groups() + channel;
+                    steps[at] = static_cast<uint16_t>(component(lanes[l], k, symbols[l][k]));
+                    continue;
+                }
                 if (channel >= shape.channels) continue;
                 const uint32_t bits =
                     row.mode == EXACT
@@ -97,12 +104,42 @@ static bool decode_tile(const uint8_t *blob, const Shape &shape, const Row &row,
     return good;
 }
 
+// Values of a row's components, as the kernel finds them.
+static void turn_row(const uint8_t *blob, const Shape &shape, const Row &row, const lmc_codec_profile &p, uint32_t number,
+                     const std::vector<uint16_t> &steps, uint8_t *out) {
+    const uint32_t width = p.block, size = (width + GROUP - 1) / GROUP * GROUP, dim = shape.channels / p.heads;
+    const auto *matrices = reinterpret_cast<const uint32_t *>(p.back) + uint64_t{number * p.blocks} * size * size / 2;
+    for (uint32_t t = 0; t < row.coded; ++t) {
+        std::vector<float> x(shape.channels);
+        const int32_t code = row.mode == PER_TOKEN ? blob[row.side + t] : row.code;
+        for (uint32_t c = 0; c < shape.channels; ++c) {
+            const uint16_t *q = &steps[t * GROUP * shape.groups() + c / width * width];
+            const uint32_t *matrix = matrices + uint64_t{c / width} * size * size / 2 + c % width;
+            uint32_t sum = 0;
+            for (uint32_t k = 0; k < size / 2; ++k) {
+                add_pair(sum, q[2 * k] | uint32_t{q[2 * k + 1]} << 16, matrix[k * size]);
+            }
+            x[c] = plain_value(sum, step_of(code, row.base));
+            if (number % 2 == 0) x[c] += p.mean[number / 2 * shape.channels + c];
+        }
+        for (uint32_t i = 0; i < uint32_t(p.pairs) && number % 2 == 0; ++i) {
+            float cosine, sine;
+            angle_of(p.turns[i], row.start + row.n_raw + t, cosine, sine);
+            for (uint32_t a = i; a < shape.channels; a += dim) turn(x[a], x[a + p.pairs], cosine, sine);
+        }
+        for (uint32_t c = 0; c < shape.channels; ++c) {
+            put_element(out + ((row.n_raw + t) * shape.channels + c) * shape.item(), shape.item(), store_element(x[c], shape.dtype));
+        }
+    }
+}
+
 // 0, or what is wrong: 1 the header, 2 a row, 3 a tile.
-static int32_t decode(const uint8_t *blob, uint64_t length, const Shape &shape, uint64_t tables, uint8_t *out) {
+static int32_t decode(const uint8_t *blob, uint64_t length, Shape shape, uint64_t tables, const lmc_codec_profile *profile,
+                      uint8_t *out) {
     Header header;
-    if (length < shape.rows_at()) return 1;
+    if (length < sizeof header) return 1;
     memcpy(&header, blob, sizeof header);
-    if (!header_fits(header, shape, tables, length) || header.check != header_check(blob, shape)) return 1;
+    if (!header_fits(header, shape, tables, profile ? profile->number : 0, length) || header.check != header_check(blob, shape)) return 1;
     const auto *ends = reinterpret_cast<const uint32_t *>(blob + 64);
     for (uint32_t number = 0; number < shape.rows(); ++number, out += shape.row_bytes()) {
         uint32_t start, end;
@@ -117,11 +154,13 @@ static int32_t decode(const uint8_t *blob, uint64_t length, const Shape &shape, 
             continue;
         }
         memcpy(out, blob + row.raw, row.n_raw * shape.channels * shape.item());
+        std::vector<uint16_t> steps(row.turned ? row.coded * GROUP * shape.groups() : 0);
         for (uint32_t first = 0, range = 0; first < row.coded; first += row.tile_tokens, ++range) {
             for (uint32_t group = 0; group < shape.groups(); ++group) {
-                if (!decode_tile(blob, shape, row, range, group, out)) return 3;
+                if (!decode_tile(blob, shape, row, range, group, out, steps)) return 3;
             }
         }
+        if (row.turned) turn_row(blob, shape, row, *profile, number, steps, out);
     }
     return 0;
 }

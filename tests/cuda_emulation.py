@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmcache_core import _cuda, _native
+from lmcache_serde.cachegen import native
 from lmcache_serde.cachegen.format import DTYPES, TABLES, Coding, Shape
+from lmcache_serde.cachegen.profile import Profile
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,7 +37,7 @@ def build() -> ctypes.CDLL | None:
     library.emulate_copy_pages.restype = ctypes.c_int64
     library.emulate_copy_pages.argtypes = [*_cuda._SIGNATURES["lmc_cuda_copy_pages"]]
     pointer, uint64 = ctypes.c_void_p, ctypes.c_uint64
-    library.emulate_decode.argtypes = [pointer, uint64, pointer, uint64, pointer]
+    library.emulate_decode.argtypes = [pointer, uint64, pointer, uint64, pointer, pointer]
     library.emulate_encode.restype = ctypes.c_int64
     library.emulate_encode.argtypes = [
         *(pointer, pointer, uint64, pointer, pointer, ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint8, pointer)
@@ -64,10 +66,14 @@ class Codec:
         assert (out[size:] == 0xEE).all()
         return out[:size]
 
-    def decode(self, blob: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+    def decode(self, blob: NDArray[np.uint8], profile: Profile | None = None) -> NDArray[np.uint8] | None:
         """The chunk; None where the blob is refused."""
+        lent = None
+        if profile is not None:
+            parts = [_native.address_of(part) for part in native.profile_parts(profile)]
+            lent = ctypes.byref(native.profile_at(profile, parts))
         out = np.full(self._shape.nbytes, 0xEE, np.uint8)
-        given = (blob.ctypes.data, blob.size, self._given.ctypes.data, TABLES.id, out.ctypes.data)
+        given = (blob.ctypes.data, blob.size, self._given.ctypes.data, TABLES.id, lent, out.ctypes.data)
         return None if self._library.emulate_decode(*given) else out
 
 

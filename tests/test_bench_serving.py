@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +23,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lmcache_core.cli import bench_serving, main, openai_server, serving_systems, serving_work
-from lmcache_core.cli.demo_common import Report
+from lmcache_core.cli import bench_serving, demo_vllm, main, openai_server, serving_systems
+from lmcache_core.cli.demo_common import DemoOptions, Report
 from lmcache_core.cli.serving_systems import LMCACHE, NONE, OFFLOAD, OURS, Running, Setting, start, why
 from lmcache_core.cli.serving_work import (
     Scale,
@@ -406,5 +407,51 @@ def test_a_server_is_ended_with_its_children(tmp_path: Path, server: ThreadingHT
         os.killpg(group, 0)
 
 
-def test_questions_differ() -> None:
-    assert len(set(serving_work.QUESTIONS)) >= 5
+def test_the_demo_asks_through_the_same_client(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: ThreadingHTTPServer
+) -> None:
+    started: list[list[str]] = []
+
+    def serving(name: str, command: list[str], *words: Any) -> Any:
+        started.append(command)
+        return nullcontext()
+
+    monkeypatch.setattr(demo_vllm, "serving", serving)
+    monkeypatch.setattr(demo_vllm, "free_port", lambda: server.server_address[1])
+    options = DemoOptions(tmp_path, "text", ("why?",), 512, tmp_path)
+    quiet = Report(Console(quiet=True))
+    with demo_vllm._server("on", options, "float32", 600, quiet, connector=True) as running:
+        answer = running.ask(range(512), "salt", 3)
+    assert answer.tokens == reply(range(512), 3) and answer.sources == ["computed", "computed"]
+    assert server.asked[-1]["cache_salt"] == "salt"  # type: ignore[attr-defined]
+    assert "--no-enable-prefix-caching" in started[0] and transfer(started[0])["kv_role"] == "kv_both"
+
+
+COPIES = """
+from types import SimpleNamespace as N
+import numpy as np, torch
+from lmcache_core.adapters._vllm_cpu_offload import CopyWorker
+
+pages = [torch.arange(4 * size, dtype=torch.int32).to(torch.int8).reshape(4, size) for size in (64, 32)]
+before = [page.clone() for page in pages]
+caches = N(tensors=[N(tensor=page, page_size_bytes=page.shape[1]) for page in pages], group_data_refs=[[]])
+rows = lambda *ids: N(block_ids=np.array(ids, dtype=np.int32))
+worker = CopyWorker(caches, 6, 1)
+assert worker.submit_store(7, rows(1, 3), rows(5, 0)) and worker.submit_load(8, rows(0, 5), rows(2, 0))
+worker.wait({7, 8})
+assert [(done.job_id, done.success) for done in worker.get_finished()] == [(7, True), (8, True)]
+assert worker.get_finished() == []
+for page, old in zip(pages, before):
+    assert page.equal(old[[1, 1, 3, 3]]), page
+try:
+    CopyWorker(N(tensors=[], group_data_refs=[[], []]), 6, 1)
+except NotImplementedError:
+    print("done")
+"""
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_the_copies_for_vllm_on_a_cpu_put_every_block_where_it_belongs() -> None:
+    # A process of its own: vLLM's imports warn.
+    done = subprocess.run([sys.executable, "-c", COPIES], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["done"], done.stderr[-2000:]

@@ -7,11 +7,12 @@ import ctypes
 import cuda_emulation
 import numpy as np
 import pytest
+from codec_cases import any_turned, tampered
 from cuda_cases import CASES
 
 from lmcache_core import _cuda
 from lmcache_serde.cachegen import cuda, reference
-from lmcache_serde.cachegen.format import TABLES, CodecError, check64, parse
+from lmcache_serde.cachegen.format import TABLES, CodecError, Shape, check64, parse
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +54,11 @@ def test_the_cases_reach_every_kind_of_channel_and_model() -> None:
     assert len(models[False]) > len(TABLES.lossy) // 2 and len(models[True]) > 2
 
 
-def _elements(shape: reference.Shape) -> np.ndarray:
+def _elements(shape: Shape) -> np.ndarray:
     return np.zeros((shape.tokens, shape.channels), f"u{shape.item}")
 
 
-def resealed(blob: np.ndarray, shape: reference.Shape) -> np.ndarray:
+def resealed(blob: np.ndarray, shape: Shape) -> np.ndarray:
     """The blob with checks that fit whatever it now holds, where its row table allows that."""
     rows_at = 64 + (4 * shape.rows + 15) // 16 * 16
     ends = blob[64 : 64 + 4 * shape.rows].view("<u4")
@@ -95,6 +96,32 @@ def test_damage_is_refused_where_the_reference_refuses_it(emulation: ctypes.CDLL
             assert decoded is not None and np.array_equal(decoded, expected), place
     for length in (0, 63, 64, blob.size // 2 & ~15, blob.size - 1, blob.size - 16):
         assert codec.decode(blob[:length].copy()) is None
+
+
+def test_transformed_blobs_are_decoded_as_the_reference_does(emulation: ctypes.CDLL) -> None:
+    """Whole and tampered with, with the profile and without."""
+    rng = np.random.default_rng(1)
+    refused = 0
+    for _ in range(10):
+        shape, how, data, profile, start = any_turned(rng)
+        codec = cuda_emulation.Codec(emulation, shape)
+        blob = reference.encode(shape, how, data, profile, start)
+        plain = reference.encode(shape, how, data)
+        assert codec.decode(blob) is None
+        for good in (blob, plain):
+            decoded = codec.decode(good, profile)
+            assert decoded is not None and np.array_equal(decoded, reference.decode(shape, good, profile=profile))
+        for _ in range(4):
+            damaged = tampered(rng, blob, shape, profile)
+            decoded = codec.decode(damaged, profile)
+            try:
+                expected = reference.decode(shape, damaged, profile=profile)
+            except CodecError:
+                refused += 1
+                assert decoded is None
+            else:
+                assert decoded is not None and np.array_equal(decoded, expected)
+    assert refused > 10
 
 
 def test_where_there_is_no_gpu_the_codec_says_so() -> None:

@@ -381,7 +381,7 @@ def test_device_memory(store: Callable[..., DiskBackend], fake: Any, monkeypatch
     monkeypatch.setattr(cufile, "_primary_context", ctypes.c_void_p)
     monkeypatch.setattr(cufile, "_drive", lambda name, *_: current.append((threading.get_ident(), len(name))))
     backend = store()
-    assert backend.stats()["mover"] == "host path" and fake.open == 0
+    assert backend.stats() == {} and fake.open == 0
     host, device = Arena(backend), Arena(backend, device=0)
     assert backend.stats()["mover"] == "cuFile: nvidia-fs 2.20"
     assert put(backend, device, 1, 2) == [None, None] and fake.calls == fake.through_memory == 2
@@ -399,13 +399,19 @@ def test_device_memory(store: Callable[..., DiskBackend], fake: Any, monkeypatch
     assert isinstance(error, OSError) and error.errno == errno.EFAULT
 
 
-def test_device_memory_without_a_driver(store: Callable[..., DiskBackend], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["auto", "nixl"])
+def test_device_memory_without_a_driver(
+    store: Callable[..., DiskBackend], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setattr(cufile, "candidates", lambda: iter(()))
-    backend = store()
+    backend = store(mover=name)
     arena = Arena(backend, device=0)
     [error] = put(backend, arena, 1)
     assert isinstance(error, OSError) and error.errno == errno.EFAULT
-    assert backend.stats()["mover"].startswith("host path, because cuFile cannot be loaded")
+    stats = backend.stats()
+    why = stats["mover"] if name == "auto" else next(iter(stats["fallbacks"]))
+    assert why.removeprefix("host path, because ").startswith("cuFile cannot be loaded"), stats
+    assert stats["moved"] == 0
 
 
 # -- cuFile: the driver ------------------------------------------------------------------------------------------------

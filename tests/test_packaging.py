@@ -292,8 +292,7 @@ def test_nothing_that_runs_what_it_reads(source: Path) -> None:
 
 def test_the_core_imports_no_engine_and_no_driver() -> None:
     # What runs an engine, in a process of its own where it is not an adapter.
-    cli = ("lmcache_core.cli.demo_phase", "lmcache_core.cli.serving_offload")
-    engines = ("lmcache_core.adapters", *cli, "lmcache_core.__main__")
+    engines = ("lmcache_core.adapters", "lmcache_core.cli.demo_phase", "lmcache_core.__main__")
     names = [dotted(source).removesuffix(".__init__") for source in SOURCES]
     program = """
 import importlib, sys

@@ -2,7 +2,7 @@
 // cut into steps of one lane each; the kernel and the tests walk through them in the same order.
 #pragma once
 
-#include "numbers.h"
+#include "transform.h"
 
 namespace lmc_cuda {
 
@@ -69,12 +69,14 @@ enum Dtype { D_BF16 = 0, D_FP16 = 1, D_FP32 = 2, D_E4M3 = 3, D_E5M2 = 4 };
 constexpr uint32_t MAGIC = 0x564b434c, MAX_TOKENS = 1024, MAX_RAW = 16, GROUP = 64, LANES = 32;
 constexpr uint64_t WEIGHT = 0x9e3779b97f4a7c15ull;
 constexpr int32_t LEAST_BASE = -88, MOST_BASE = 32;
+constexpr uint32_t AUX = 16;
 
 LMC_HD uint32_t align16(uint32_t n) { return (n + 15) & ~15u; }
 
 struct Shape {
     int32_t dtype;
     uint32_t layers, planes, tokens, channels;
+    uint32_t aux = 0;  // bytes of the auxiliary section
     LMC_HD uint32_t item() const { return dtype <= D_FP16 ? 2 : dtype == D_FP32 ? 4 : 1; }
     LMC_HD uint32_t mantissa() const {
         return dtype == D_BF16 ? 7 : dtype == D_FP16 ? 10 : dtype == D_FP32 ? 23 : dtype == D_E4M3 ? 3 : 2;
@@ -83,7 +85,8 @@ struct Shape {
     LMC_HD uint32_t rows() const { return layers * planes; }
     LMC_HD uint32_t groups() const { return (channels + GROUP - 1) / GROUP; }
     LMC_HD uint32_t row_bytes() const { return tokens * channels * item(); }
-    LMC_HD uint32_t rows_at() const { return 64 + align16(4 * rows()); }
+    LMC_HD uint32_t table_end() const { return 64 + align16(4 * rows()); }
+    LMC_HD uint32_t rows_at() const { return table_end() + aux; }
     // Bytes of the remainder section of a lossless tile of `m` tokens.
     LMC_HD uint32_t remainder_bytes(uint32_t m) const {
         const uint32_t width = mantissa() + 1;
@@ -114,10 +117,13 @@ struct RowHeader {
 };
 static_assert(sizeof(RowHeader) == 16, "as in docs/codec.md");
 
-LMC_HD bool header_fits(const Header &h, const Shape &shape, uint64_t tables, uint64_t length) {
-    return h.magic == MAGIC && h.version == 1 && h.dtype == shape.dtype && h.planes == shape.planes &&
-           h.layers == shape.layers && h.tokens == shape.tokens && h.channels == shape.channels && !h.transform &&
-           h.total == length && h.tables == tables && !h.profile && !h.aux && !h.reserved[0] && !h.reserved[1] &&
+// `profile`: number of the profile there is, or 0; whether this blob is of it decides `shape.aux`.
+LMC_HD bool header_fits(const Header &h, Shape &shape, uint64_t tables, uint64_t profile, uint64_t length) {
+    shape.aux = profile && h.transform == 1 ? AUX : 0;
+    return length >= shape.rows_at() && h.magic == MAGIC && h.version == 1 && h.dtype == shape.dtype && h.planes == shape.planes &&
+           h.layers == shape.layers && h.tokens == shape.tokens && h.channels == shape.channels &&
+           h.transform == (shape.aux != 0) && h.total == length && h.tables == tables &&
+           h.profile == (shape.aux ? profile : 0) && h.aux == shape.aux && !h.reserved[0] && !h.reserved[1] &&
            !h.reserved[2] && h.tile_tokens >= 1 && h.tile_tokens <= MAX_TOKENS && h.n_raw <= MAX_RAW &&
            h.n_raw <= shape.tokens;
 }
@@ -134,7 +140,7 @@ LMC_HD bool row_span(const uint32_t *ends, const Shape &shape, uint32_t number, 
                      uint32_t &end) {
     start = number ? ends[number - 1] : shape.rows_at();
     end = ends[number];
-    for (uint32_t i = shape.rows(); 4 * i < shape.rows_at() - 64; ++i) {
+    for (uint32_t i = shape.rows(); 4 * i < shape.table_end() - 64; ++i) {
         if (ends[i]) return false;
     }
     return start >= shape.rows_at() && start % 16 == 0 && end % 16 == 0 && start < end && end <= total &&
@@ -147,7 +153,17 @@ struct Row {
     int32_t code, base;
     uint32_t n_raw, coded, tile_tokens, tile_count;
     uint32_t raw, side, record, table, tiles;  // of the raw tokens, ..., of the tile_end table, of the first tile
+    uint32_t turned;                            // its symbols are of components
+    uint64_t start;                             // position of the chunk's first token
 };
+
+// The position in the auxiliary section, if there is one; false where it cannot be.
+LMC_HD bool start_of(const uint8_t *blob, const Shape &shape, uint64_t &start) {
+    uint64_t words[2] = {};
+    if (shape.aux) memcpy(words, blob + shape.table_end(), sizeof words);
+    start = words[0];
+    return start <= MOST_START && !words[1];
+}
 
 LMC_HD bool zero_between(const uint8_t *blob, uint32_t from, uint32_t to) {
     uint32_t any = 0;
@@ -160,8 +176,10 @@ LMC_HD bool open_row(const uint8_t *blob, const Shape &shape, const Header &h, u
                      uint32_t end, Row &row) {
     RowHeader head;
     memcpy(&head, blob + start, sizeof head);
-    row = {head.mode, end, head.code, head.base, h.n_raw, shape.tokens - h.n_raw, h.tile_tokens, 0, start + 16, 0, 0, 0, 0};
+    row = {head.mode, end, head.code, head.base, h.n_raw, shape.tokens - h.n_raw, h.tile_tokens, 0, start + 16, 0, 0, 0, 0, 0, 0};
     const bool quantised = head.mode == ANCHORED || head.mode == PER_TOKEN;
+    row.turned = quantised && shape.aux;
+    if (!start_of(blob, shape, row.start)) return false;
     if (head.row != number || head.mode > EXACT || head.reserved || (head.code && head.mode != ANCHORED) ||
         (head.base && !quantised) || head.base < LEAST_BASE || head.base > MOST_BASE) {
         return false;
@@ -331,14 +349,24 @@ LMC_HD int32_t share(int32_t gain, int32_t before) { return (gain * before + 1) 
 
 // PREDICTED: in a row that may have gains.
 template <bool PREDICTED>
-LMC_HD float quantised(Lane &lane, uint32_t k, uint32_t symbol, uint32_t step) {
+LMC_HD int32_t steps_of(Lane &lane, uint32_t k, uint32_t symbol) {
     int32_t r = static_cast<int32_t>(symbol) - lane.less[k];
     if (PREDICTED) {
         r += share(lane.gain[k], lane.before[k]);
         lane.before[k] = r;
         r += lane.anchor[k];
     }
-    return static_cast<float>(r) * float_of(step + lane.widen[k]);
+    return r;
+}
+
+template <bool PREDICTED>
+LMC_HD float quantised(Lane &lane, uint32_t k, uint32_t symbol, uint32_t step) {
+    return static_cast<float>(steps_of<PREDICTED>(lane, k, symbol)) * float_of(step + lane.widen[k]);
+}
+
+// A component in steps, modulo 2^16.
+LMC_HD uint32_t component(Lane &lane, uint32_t k, uint32_t symbol) {
+    return static_cast<uint32_t>(steps_of<true>(lane, k, symbol)) << (lane.widen[k] >> 23) & 0xffff;
 }
 
 // The bits below the exponent, sign on top, of channels c and c + 1 of token t.

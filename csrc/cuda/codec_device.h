@@ -25,6 +25,21 @@ inline bool shape_of(const lmc_codec *given, Shape &shape) {
     return shape.rows_at() + shape.rows() * row < uint64_t{1} << 32;
 }
 
+// Whether a profile, its arrays in device memory, fits the shape.
+inline bool profile_fits(const lmc_codec &codec) {
+    const lmc_codec_profile &p = *codec.profile;
+    return p.number && codec.dtype <= D_FP32 && codec.planes == 2 && p.block >= 1 && p.block <= 256 && p.blocks >= 1 &&
+           int64_t{p.blocks} * p.block == codec.channels && (p.blocks == 1 || p.block % int32_t{GROUP} == 0) &&
+           p.heads >= 1 && codec.channels % p.heads == 0 && p.block % (codec.channels / p.heads) == 0 && p.pairs >= 0 &&
+           p.pairs <= codec.channels / p.heads / 2;
+}
+
+// Scratch memory for the components of `count` chunks of `rows` rows.
+inline uint64_t steps_bytes(const lmc_codec &codec, uint64_t rows, int64_t count) {
+    if (!codec.profile) return 0;
+    return rows * static_cast<uint64_t>(count) * codec.tokens * 2 * ((codec.channels + GROUP - 1) / GROUP * GROUP);
+}
+
 // The models of one kind in shared memory: symbols of all slots, then what is known of each symbol.
 constexpr uint32_t coder_bytes(bool exact) {
     constexpr Models models = make_models();

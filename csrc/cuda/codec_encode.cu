@@ -518,7 +518,10 @@ int64_t lmc_cuda_codec_numbers(int32_t *out, int64_t room) {
 int64_t lmc_cuda_codec_scratch(const lmc_codec *codec, int64_t count, int32_t encode) {
     Shape shape;
     if (!shape_of(codec, shape) || count < 0) return -EINVAL;
-    if (!encode) return static_cast<int64_t>(sizeof(Row)) * shape.rows() * count;
+    if (!encode) {
+        const uint64_t rows = (sizeof(Row) * shape.rows() * static_cast<uint64_t>(count) + 255) & ~255ull;
+        return static_cast<int64_t>(rows + steps_bytes(*codec, shape.rows(), count));
+    }
     if (codec->tile_tokens < 1 || codec->tile_tokens > int32_t{MAX_TOKENS}) return -EINVAL;
     Encode e = encode_of(shape, count, codec->tile_tokens);
     return static_cast<int64_t>(lay_out(e, 0));

@@ -5,6 +5,7 @@
 
 namespace lmc_cuda {
 
+constexpr uint64_t MOST_START = (uint64_t{1} << 48) - 1;
 constexpr int32_t FIXED_BITS = 12, UNIT_BITS = 13, LEAST_EXPONENT = -60;
 
 // Cosine and sine of the angle of a token: `turns` is 2^64 times the turns that one token adds.
@@ -39,6 +40,18 @@ LMC_HD bool token_exponent(uint32_t most_bits, int32_t highest, int32_t &exponen
     const auto field = static_cast<int32_t>(most_bits >> 23);
     exponent = field ? field - 127 : LEAST_EXPONENT;
     return exponent >= LEAST_EXPONENT && exponent <= highest;
+}
+
+// Sum over a block's components of a token, in pairs, times column `c` of its matrix; modulo 2^32.
+LMC_HD void add_pair(uint32_t &sum, uint32_t q, uint32_t m) {
+    const auto low = static_cast<int32_t>(static_cast<int16_t>(q)) * static_cast<int32_t>(static_cast<int16_t>(m));
+    const auto high = (static_cast<int32_t>(q) >> 16) * (static_cast<int32_t>(m) >> 16);
+    sum += static_cast<uint32_t>(low) + static_cast<uint32_t>(high);
+}
+
+// A value without its mean and rotation, of such a sum. `step`: as bits.
+LMC_HD float plain_value(uint32_t sum, uint32_t step) {
+    return static_cast<float>(static_cast<int32_t>(sum)) * (float_of(step) * two_to(-UNIT_BITS));
 }
 
 }  // namespace lmc_cuda

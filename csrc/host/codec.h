@@ -16,7 +16,8 @@ constexpr int BLOCK = 64;
 
 inline int64_t align16(int64_t v) { return (v + 15) & ~int64_t{15}; }
 
-// Decoding: [table][slot] = freq | (slot - cum) << 12 | symbol << 24.
+// Decoding: [table][slot] = freq (11 bits) | symbol << 24, and slot - cum is byte 1 + 17 * byte 2, both signed: one
+// instruction adds that to a sum, and the bits of freq within byte 1 do no harm.
 // Encoding: [table][symbol & 255] = the reciprocal that replaces a division, and from bit 32 on
 // bias | (shift - 1) << 12 | freq << 20.
 struct Models {
@@ -50,12 +51,12 @@ struct Measure {
     uint32_t energy[GROUP];
 };
 struct Channels {
-    int32_t anchor[GROUP];  // mode 3: top
+    int32_t top[GROUP];  // mode 3
     int32_t shift[GROUP];
-    // (gain * r + 1) >> 1 as (r + round) >> halve: 1 and 1 for gain 1, 0 and 0 for gain 2; for gain 0, 2^30 and 31, which
-    // leaves 0 of any r.
+    // anchor + ((gain * r + 1) >> 1) as (q + round) >> halve from q = r + anchor: anchor + 1 and 1 for gain 1, 0 and 0 for
+    // gain 2; for gain 0, where q is within 127 of the anchor, 255 anchor + 128 and 8, which leave the anchor.
     int32_t round[GROUP], halve[GROUP];
-    int32_t previous[GROUP];  // decoding: r of the token before
+    int32_t previous[GROUP];  // q of the token before a tile; decoding, of the token before
     float scale[GROUP];    // decoding: step * 2^shift, encoding: inverse * 2^-shift (mode 2: the power only)
     int32_t entry[GROUP];  // the table; for the kernels, where it begins
 };
@@ -114,8 +115,8 @@ inline int64_t remainder_bytes(int dtype, int tokens) {
 }
 
 // Tiles coded side by side.
-constexpr int FLIGHT = 3;
-inline int flight_of(int tiles_left) { return tiles_left == 1 || tiles_left == 3 ? tiles_left : 2; }
+constexpr int FLIGHT = 4;
+inline int flight_of(int tiles_left) { return tiles_left < FLIGHT ? tiles_left : FLIGHT; }
 
 struct alignas(64) Scratch {
     DecodeTile decode[FLIGHT];

@@ -16,7 +16,13 @@ void fill(int first, int count, const Frequency &frequency, uint32_t *decode, ui
     uint32_t cum = 0;
     for (int i = 0; i < count; ++i) {
         const uint32_t freq = frequency(i), symbol = static_cast<uint32_t>(first + i) & 255;
-        for (uint32_t k = 0; k < freq; ++k) decode[cum + k] = freq | k << 12 | symbol << 24;
+        for (int k = 0; k < static_cast<int>(freq); ++k) {
+            // 17 is 1 modulo 8: of 8 numbers near k / 17 one leaves a rest with freq's bits below.
+            int high = k / 17 - 4;
+            high += (k - static_cast<int>(freq >> 8) - high) & 7;
+            const auto low = static_cast<uint32_t>(k - 17 * high) & 255, middle = static_cast<uint32_t>(high) & 255;
+            decode[cum + static_cast<uint32_t>(k)] = (freq & 255) | low << 8 | middle << 16 | symbol << 24;
+        }
         // x / freq = (x * reciprocal >> 32) >> (shift - 1) for x < 2^31; for freq 1 it is x - 1, and the bias makes up.
         uint32_t shift = 1;
         while (freq > 1u << shift) ++shift;
@@ -148,11 +154,11 @@ bool read_channels(const uint8_t *row, const Sections &at, int mode, int group, 
     for (int c = 0; c < GROUP; ++c) {
         const int table = record[c] & 31, kind = record[c] >> 5;
         wrong |= (table >= tables_there) | (~kinds_there >> kind & 1);
-        out->anchor[c] = lossless ? side[GROUP * group + c] : anchors[c];
+        out->top[c] = lossless ? side[GROUP * group + c] : 0;
         out->shift[c] = kind > 2 ? kind - 2 : 0;
-        out->round[c] = kind == 1 ? 1 : kind == 2 ? 0 : 1 << 30;
-        out->halve[c] = kind == 1 ? 1 : kind == 2 ? 0 : 31;
-        out->previous[c] = 0;
+        out->round[c] = kind == 1 ? anchors[c] + 1 : kind == 2 ? 0 : 255 * anchors[c] + 128;
+        out->halve[c] = kind == 1 ? 1 : kind == 2 ? 0 : 8;
+        out->previous[c] = anchors[c];
         out->scale[c] = scale;
         out->entry[c] = table;
     }

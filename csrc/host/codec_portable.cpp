@@ -18,7 +18,8 @@ void decode(DecodeTile *tiles, int count, int tokens, const uint32_t *table) {
             for (int lane = 0; lane < LANES; ++lane) {
                 uint32_t x = tile->x[lane];
                 const uint32_t entry = table[first[lane] + (x & (SLOTS - 1))];
-                x = (entry & 0xfff) * (x >> 11) + ((entry >> 12) & 0x7ff);
+                const int offset = static_cast<int8_t>(entry >> 8) + 17 * static_cast<int8_t>(entry >> 16);
+                x = (entry & 0x7ff) * (x >> 11) + static_cast<uint32_t>(offset);
                 tile->x[lane] = x < LOW ? x << 16 | *words++ : x;
                 tile->symbols[(step >> 1) * GROUP + 2 * lane + (step & 1)] =
                     static_cast<int16_t>(static_cast<int32_t>(entry) >> 24);
@@ -50,6 +51,6 @@ void encode(EncodeTile *tiles, int count, int tokens, const uint64_t *table) {
 
 }  // namespace
 
-constexpr Kernels portable = make_kernels(decode, encode);
+constexpr Kernels portable = make_kernels(decode, encode, nullptr);
 
 }  // namespace lmc::codec

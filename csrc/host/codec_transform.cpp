@@ -128,7 +128,7 @@ bool profile_fits(const lmc_codec &codec) {
     const lmc_codec_profile &p = *codec.profile;
     return codec.dtype <= LMC_F32 && codec.planes == 2 && p.block >= 1 && p.block <= MOST_BLOCK && p.blocks >= 1 &&
            int64_t{p.blocks} * p.block == codec.channels && (p.blocks == 1 || p.block % GROUP == 0) && p.heads >= 1 &&
-           codec.channels % p.heads == 0 && p.pairs >= 0 && p.pairs <= codec.channels / p.heads / 2;
+           codec.channels % p.heads == 0 && p.block % (codec.channels / p.heads) == 0 && p.pairs >= 0 && p.pairs <= codec.channels / p.heads / 2;
 }
 
 void find_angles(const lmc_codec &codec, int64_t start) {

@@ -239,23 +239,23 @@ void quantise(const void *in, int64_t stride, int tokens, bool begins, const flo
     const auto *p = static_cast<const typename T::Element *>(in);
     for (int c = 0; c < GROUP; c += 2 * W) {
         VF scale[2];
-        VI anchor[2], round[2], halve[2], before[2] = {};
+        VI round[2], halve[2], before[2];
         VU entry[2];
         for (int h = 0; h < 2; ++h) {
             scale[h] = T::template each<VF>(channels->scale + c, h);
-            anchor[h] = T::template each<VI>(channels->anchor + c, h);
             round[h] = T::template each<VI>(channels->round + c, h);
             halve[h] = T::template each<VI>(channels->halve + c, h);
             entry[h] = T::template each<VU>(channels->entry + c, h);
-            if (PREDICT && !begins) before[h] = round_int(T::load(p - stride + c, h) * (scale[h] * token_scale[-1])) - anchor[h];
+            before[h] = T::template each<VI>(channels->previous + c, h);
+            if (PREDICT && !begins) before[h] = round_int(T::load(p - stride + c, h) * (scale[h] * token_scale[-1]));
         }
         for (int t = 0; t < tokens; ++t) {
             VU found[2];
 #pragma GCC unroll 2
             for (int h = 0; h < 2; ++h) {
-                const VI r = round_int(T::load(p + t * stride + c, h) * (scale[h] * token_scale[t])) - anchor[h];
-                const VI symbol = PREDICT ? r - ((before[h] + round[h]) >> halve[h]) : r;
-                before[h] = r;
+                const VI q = round_int(T::load(p + t * stride + c, h) * (scale[h] * token_scale[t]));
+                const VI symbol = PREDICT ? q - ((before[h] + round[h]) >> halve[h]) : q;
+                before[h] = q;
                 found[h] = entry[h] | (as<VU>(symbol) & 255);
             }
             T::put_entries(entries + t * GROUP + c, found[0], found[1]);
@@ -269,26 +269,25 @@ void restore(const int16_t *symbols, int tokens, const float *token_scale, Chann
     auto *p = static_cast<typename T::Element *>(out);
     for (int c = 0; c < GROUP; c += 2 * W) {
         VF scale[2];
-        VI anchor[2], round[2], halve[2], r[2];
+        VI round[2], halve[2], q[2];
         for (int h = 0; h < 2; ++h) {
             scale[h] = T::template each<VF>(channels->scale + c, h);
-            anchor[h] = T::template each<VI>(channels->anchor + c, h);
             round[h] = T::template each<VI>(channels->round + c, h);
             halve[h] = T::template each<VI>(channels->halve + c, h);
-            r[h] = T::template each<VI>(channels->previous + c, h);
+            q[h] = T::template each<VI>(channels->previous + c, h);
         }
         for (int t = 0; t < tokens; ++t) {
             VF value[2];
 #pragma GCC unroll 2
             for (int h = 0; h < 2; ++h) {
                 const VI symbol = T::symbols(symbols + t * GROUP + c, h);
-                r[h] = PREDICT ? symbol + ((r[h] + round[h]) >> halve[h]) : symbol;
-                value[h] = to<VF>(r[h] + anchor[h]) * (scale[h] * token_scale[t]);
+                q[h] = PREDICT ? symbol + ((q[h] + round[h]) >> halve[h]) : symbol;
+                value[h] = to<VF>(q[h]) * (scale[h] * token_scale[t]);
             }
             T::store(p + t * stride + c, value[0], value[1]);
         }
         for (int h = 0; h < 2; ++h) {
-            for (int k = 0; k < W; ++k) channels->previous[c + T::channel(h, k)] = r[h][k];
+            for (int k = 0; k < W; ++k) channels->previous[c + T::channel(h, k)] = q[h][k];
         }
     }
 }
@@ -326,7 +325,7 @@ struct Fields {
             uint64_t bits[8] = {};
             for (int c = 0; c < GROUP; c += W) {
                 const VU word = to<VU>(get<V>(p + t * stride + c));
-                const VU symbol = get<VU>(channels->anchor + c) - ((word >> MANTISSA) & FIELD);
+                const VU symbol = get<VU>(channels->top + c) - ((word >> MANTISSA) & FIELD);
                 put(entries + t * GROUP + c, to<VH>(get<VU>(channels->entry + c) | symbol));
                 const VU left = (word >> (EXPONENT + MANTISSA)) << MANTISSA | (word & LOW_BITS);
                 for (int k = 0; k < BYTES; ++k) put(rest + (k * tile + at + t) * GROUP + c, to<VB>((left >> 8 * k) & 255));
@@ -355,7 +354,7 @@ struct Fields {
                     left |= bit << (8 * BYTES + k);
                 }
                 const VU symbol = as<VU>(to<VI>(get<VS>(symbols + t * GROUP + c)));
-                const VU field = (get<VU>(channels->anchor + c) - symbol) & FIELD;
+                const VU field = (get<VU>(channels->top + c) - symbol) & FIELD;
                 const VU word = (left >> MANTISSA) << (EXPONENT + MANTISSA) | field << MANTISSA | (left & LOW_BITS);
                 put(p + t * stride + c, to<V>(word));
             }
@@ -364,17 +363,21 @@ struct Fields {
 };
 
 void check_sums(const uint8_t *data, int64_t words, uint64_t first, uint64_t *plain, uint64_t *weighted) {
-    // Adding the running sum up gives the first of n words the weight n, the last 1: the weights wanted, mirrored.
-    VL sum = {}, running = {};
+    typedef uint64_t V __attribute__((vector_size(4 * W)));
+    // Adding the running sums up gives the first of n pairs of words the weight n, the last 1: the weights wanted, mirrored.
+    V low = {}, high = {}, running = {};
     int64_t i = 0;
     for (; i + W <= words; i += W) {
-        sum += to<VL>(get<VU>(data + 4 * i));
-        running += sum;
+        const V two = get<V>(data + 4 * i);
+        low += two & 0xffffffff;
+        high += two >> 32;
+        running += low + high;
     }
     uint64_t a = 0, b = 0;
-    for (int k = 0; k < W; ++k) {
-        a += sum[k];
-        b += sum[k] * (first + 1 + static_cast<uint64_t>(i + k)) - W * running[k];
+    for (int k = 0; k < W / 2; ++k) {
+        const uint64_t weight = first + 1 + static_cast<uint64_t>(i + 2 * k);
+        a += low[k] + high[k];
+        b += low[k] * weight + high[k] * (weight + 1) - W * running[k];
     }
     for (; i < words; ++i) {
         uint32_t word;
@@ -396,7 +399,7 @@ constexpr Bits bits_of() {
     return {F::scan, F::split, F::join};
 }
 constexpr Kernels make_kernels(decltype(Kernels::decode) decode, decltype(Kernels::encode) encode,
-                               decltype(Kernels::decode_bf16) decode_bf16 = nullptr) {
+                               decltype(Kernels::decode_bf16) decode_bf16) {
     return {{values_of<Bf16>(), values_of<F16>(), values_of<F32>()},
             {bits_of<Fields<uint16_t, 8, 7>>(), bits_of<Fields<uint16_t, 5, 10>>(), bits_of<Fields<uint32_t, 8, 23>>(),
              bits_of<Fields<uint8_t, 4, 3>>(), bits_of<Fields<uint8_t, 5, 2>>()},

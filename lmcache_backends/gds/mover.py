@@ -91,7 +91,7 @@ class Movement:
         self._lock = threading.RLock()
         """Reentrant: a file may be closed by the garbage collector, anywhere."""
         self._mover: Mover | None = None
-        self._text = "host path"
+        self._text = ""
         self._regions: list[Region] = []
         """What the mover is for: device memory, and if it was asked for by name all."""
         self._files: dict[int, Any] = {}
@@ -140,7 +140,9 @@ class Movement:
         return self._move(spans, write=True) if self._regions else transfer.write(spans)
 
     def stats(self) -> dict[str, Any]:
-        """What is in use, spans it moved, and how often the host path did it instead, and why."""
+        """What is in use, spans it moved, and how often and why the host path did it. Empty if none was wanted."""
+        if not self._text:
+            return {}
         with self._lock:
             return {"mover": self._text, "moved": self._moved, "fallbacks": dict(self._fallbacks)}
 
@@ -246,12 +248,14 @@ class Movement:
                 return
             mover, self._mover = self._mover, None
             files, self._files = self._files, {}
-        if mover is not None:
-            for file in files.values():
-                if not isinstance(file, MoverError):
-                    mover.shut(file)
-            mover.close()
-        self._ended.set()
+        try:
+            if mover is not None:
+                for file in files.values():
+                    if not isinstance(file, MoverError):
+                        mover.shut(file)
+                mover.close()
+        finally:
+            self._ended.set()
 
     def _end(self, why: str) -> None:
         """Use the mover no more; whoever leaves last closes it."""

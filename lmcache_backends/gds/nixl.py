@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -21,8 +20,7 @@ from lmcache_backends.gds import cufile
 from lmcache_backends.gds.mover import Failure, Mover, MoverError, Piece
 from lmcache_core.protocols import Region
 
-_PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")
-_POLL_S = 50e-6
+_POLL_S = 100e-6
 
 
 class NixlMover(Mover):
@@ -33,13 +31,15 @@ class NixlMover(Mover):
         self._plugin_of: dict[bool, str] = {}
         """In use, by whether it is for device memory."""
         self._memory: list[tuple[Any, str]] = []
+        self._failed: list[Any] = []
+        """Transfers that others, who poll the same queue, may still meet the I/O of."""
 
     def start(self) -> str:
-        package = next((name for name in _PACKAGES if importlib.util.find_spec(name)), None)
-        if package is None:
-            raise MoverError("NIXL is not installed: pip install lmcache-core[nixl], or use `mover: host`")
-        with _said(f"importing {package}"):
-            api = importlib.import_module(f"{package}._api")
+        try:
+            with _said("importing it"):
+                api = _load()
+        except MoverError as error:
+            raise MoverError(f"{error}: pip install lmcache-core[nixl], or use `mover: host`") from None
         with _said("starting an agent"):
             config = api.nixl_agent_config(
                 enable_prog_thread=False, backends=[], sync_mode=api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
@@ -68,28 +68,33 @@ class NixlMover(Mover):
 
     def shut(self, file: tuple[int, dict[str, Any]]) -> None:
         for plugin, registered in file[1].items():
-            self._agent.deregister_memory(registered, [plugin])
+            self._deregister(registered, plugin)
 
     def move(self, pieces: Sequence[Piece], *, write: bool) -> list[Failure | None]:
-        results: list[Failure | None] = [None] * len(pieces)
+        results: list[Failure | None] = [Failure("NIXL: no plugin for the memory of this GPU")] * len(pieces)
         for on_device, plugin in tuple(self._plugin_of.items()):
             mine = [i for i, piece in enumerate(pieces) if (piece.region.device is not None) == on_device]
-            if mine and (failure := self._transfer(plugin, [pieces[i] for i in mine], write=write)):
-                for i in mine:
-                    results[i] = failure
+            outcome = self._transfer(plugin, [pieces[i] for i in mine], write=write) if mine else None
+            for i in mine:
+                results[i] = outcome
         return results
 
     def close(self) -> None:
+        self._failed.clear()
         for registered, plugin in self._memory:
-            self._agent.deregister_memory(registered, [plugin])
-        self._memory = []
+            self._deregister(registered, plugin)
+        self._memory.clear()
         del self._agent
+
+    def _deregister(self, registered: Any, plugin: str) -> None:
+        with contextlib.suppress(MoverError), _said("letting go"):  # the agent's end lets go of all that is left
+            self._agent.deregister_memory(registered, [plugin])
 
     def _transfer(self, plugin: str, pieces: list[Piece], *, write: bool) -> Failure | None:
         agent = self._agent
         memory = [(piece.address, piece.nbytes, piece.region.device or 0) for piece in pieces]
         file = [(piece.offset, piece.nbytes, piece.file[0]) for piece in pieces]
-        begun = False
+        handle = None
         try:
             with _said(f"a transfer by {plugin}"):
                 handle = agent.initialize_xfer(
@@ -100,7 +105,6 @@ class NixlMover(Mover):
                     b"",
                     [plugin],
                 )
-                begun = True
                 state = agent.transfer(handle)
                 while state == "PROC":
                     sleep(_POLL_S)
@@ -109,7 +113,9 @@ class NixlMover(Mover):
                 if state != "DONE":
                     raise RuntimeError(f"it ended as {state}")
         except MoverError as error:
-            return Failure(str(error), lost=begun)
+            if handle is not None:
+                self._failed.append(handle)
+            return Failure(str(error), lost=handle is not None)
         return None
 
     def _device_plugin(self) -> str:
@@ -124,6 +130,15 @@ class NixlMover(Mover):
         with _said(f"starting plugin {plugin}"):
             self._agent.create_backend(plugin, {})
         return plugin
+
+
+def _load() -> Any:
+    """The API, from the package that chooses the one for this CUDA, or from the only one there is."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("nixl._api")
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("nixl_cu13._api")
+    return importlib.import_module("nixl_cu12._api")
 
 
 def _kind(region: Region) -> str:

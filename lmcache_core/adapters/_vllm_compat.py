@@ -272,11 +272,10 @@ def _describe_group(vllm_config: Any, num_blocks: int, group: Any, kv_caches: Ma
         raise Unsupported("layers that share their KV are not supported yet")
     layout_name = getattr(vllm_config.cache_config.kv_cache_layout, "name", vllm_config.cache_config.kv_cache_layout)
     axes, page = _page(str(layout_name), shape, first.stride(), itemsize)
-    if kind == "cpu" and page.dims:
+    dense = not page.dims and (split == 1 or first.stride(0) * itemsize == page.run_bytes)
+    if not dense and (kind == "cpu" or split > 1):
         raise Unsupported(f"a block of this KV layout is not one run of memory (strides {first.stride()})")
     if split > 1:
-        if page.dims or first.stride(0) * itemsize != page.run_bytes:
-            raise Unsupported(f"vLLM's blocks are split in {split}, and not one run of memory ({first.stride()})")
         page = replace(page, run_bytes=split * page.run_bytes)
     if kind == "cuda":
         packed = _backend(vllm_config, names) + (f"/split{split}" if split > 1 else "")
@@ -318,9 +317,11 @@ def _page(layout_name: str, shape: Sequence[int], strides: Sequence[int], item: 
     nested = ["BHNC".index(letter) for letter in layout_name if letter != "L"]
     beyond = 1
     for axis in reversed(nested):
-        if shape[axis] > 1 and strides[axis] < beyond:
+        if shape[axis] == 1:
+            continue  # its stride says nothing
+        if strides[axis] < beyond:
             raise Unsupported(f"strides {tuple(strides)} of shape {tuple(shape)} are not of the layout {layout_name}")
-        beyond = max(beyond, strides[axis] * shape[axis])
+        beyond = strides[axis] * shape[axis]
     inner = [axis for axis in nested if axis != 0]
     run, inside, dims = item, item, []
     for axis in reversed(inner):

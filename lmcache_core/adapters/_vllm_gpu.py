@@ -157,13 +157,13 @@ class GpuWorker(Worker):
     def received(self) -> set[str]:
         """Requests whose asynchronous load ended; each is told once."""
         for flight in self._flights:
-            if (flight.blocks or flight.received) and self._fired(flight, flight.loaded):
+            if self._fired(flight, flight.loaded):
                 self._received.update(flight.received)
-                flight.blocks, flight.received = [], []
-        while self._flights:
-            flight = self._flights[0]
-            if not (self._fired(flight, flight.loaded) and self._fired(flight, flight.saved)):
-                break
+                self._close(flight.loaded)
+                flight.blocks, flight.received, flight.loaded = [], [], None
+        while (
+            self._flights and self._flights[0].loaded is None and self._fired(flight := self._flights[0], flight.saved)
+        ):
             self._told.append(self._flights.popleft().report)
             self._close(flight.loaded, flight.saved)
         return super().received()

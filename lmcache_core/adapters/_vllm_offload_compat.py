@@ -68,6 +68,7 @@ try:
     )
     from vllm.v1.kv_offload.config import OffloadingConfig
     from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
 except ImportError as error:  # 0.30 and 0.31
     raise unknown([str(error)]) from error
 
@@ -75,6 +76,7 @@ __all__ = [
     "ROW_FORMAT",
     "SPEC_KEYS",
     "TESTED",
+    "CacheHitSource",
     "CanonicalKVCaches",
     "Counted",
     "GPULoadStoreSpec",

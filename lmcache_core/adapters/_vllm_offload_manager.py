@@ -16,8 +16,8 @@ import numpy as np
 
 from lmcache_core.adapters import _vllm_offload_compat as compat
 from lmcache_core.adapters._page_store import Store
-from lmcache_core.adapters._vllm_compat import CacheHitSource
 from lmcache_core.adapters._vllm_offload_compat import (
+    CacheHitSource,
     LookupResult,
     Medium,
     OffloadingEvent,

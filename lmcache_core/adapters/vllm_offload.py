@@ -37,7 +37,7 @@ from lmcache_core.adapters._vllm_offload_compat import (
     logger,
 )
 from lmcache_core.adapters._vllm_offload_manager import SHUTDOWN_S, Manager, Nothing
-from lmcache_core.adapters._vllm_offload_worker import CopyWorker
+from lmcache_core.adapters._vllm_offload_worker import CopyWorker, copy_worker
 from lmcache_core.config import load
 from lmcache_core.copies import PagedKV, PageGeometry
 from lmcache_core.errors import Unsupported
@@ -328,4 +328,4 @@ class LMCacheCoreOffloadingSpec(OffloadingSpec):
     def get_worker(self, kv_caches: Any) -> CopyWorker:
         """A worker's half, which copies between the engine's pages and the pipeline's slots."""
         rank = 0 if self.replicated_layout else self.config.parallel.rank
-        return CopyWorker(kv_caches, self.blocks_per_chunk, rank * self._worker_bytes, self._worker_bytes)
+        return copy_worker(kv_caches, self.blocks_per_chunk, rank * self._worker_bytes, self._worker_bytes)

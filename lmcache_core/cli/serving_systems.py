@@ -115,11 +115,11 @@ def _ours(setting: Setting, environment: dict[str, str], groups: list[int], stac
 
 
 def _offload(setting: Setting, environment: dict[str, str], groups: list[int], stack: ExitStack) -> Mapping[str, Any]:
-    """Stock where its copies run; on a CPU with copies of ours (`serving_offload`), since it would refuse."""
+    """Stock where its copies run; on a CPU with copies of ours (`_vllm_cpu_offload`), since it would refuse."""
     extra = {
         "cpu_bytes_to_use": setting.store,
         "spec_name": "CopySpec",
-        "spec_module_path": "lmcache_core.cli.serving_offload",
+        "spec_module_path": "lmcache_core.adapters._vllm_cpu_offload",
         "offload_prompt_only": False,
     }
     return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}

@@ -237,7 +237,7 @@ class CacheGenConfig(SerdeConfig):
     """For `adaptive`: the time from a request in which all its chunks should have been read."""
 
     profile: Path | None = None
-    """File that `lmcachectl codec calibrate` made for this model: a sixth smaller still, at a third of the speed."""
+    """File that `lmcachectl codec calibrate` made for this model: a sixth smaller still, at a quarter of the speed."""
 
     def build(self, context: SerdeContext) -> Serde:
         if self.level != "adaptive":

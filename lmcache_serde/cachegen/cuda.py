@@ -17,9 +17,14 @@ import xxhash
 from lmcache_core import _cuda, _native
 from lmcache_serde.cachegen.format import TABLES, Coding, Shape
 from lmcache_serde.cachegen.native import _described as described
+from lmcache_serde.cachegen.native import profile_at, profile_parts
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from lmcache_core._native import Integers
+    from lmcache_serde.cachegen.native import _Codec
+    from lmcache_serde.cachegen.profile import Profile
 
 
 @functools.cache
@@ -35,9 +40,25 @@ def why_not() -> str:
     return ""
 
 
-def scratch_bytes(shape: Shape, count: int, coding: Coding | None = None) -> int:
-    """Scratch memory to decode `count` chunks, or with `coding` to encode them."""
+def profile_image(profile: Profile) -> NDArray[np.uint8]:
+    """What has to lie in device memory, at a multiple of 256, to decode with a profile."""
+    parts = [part.reshape(-1).view(np.uint8) for part in profile_parts(profile)]
+    return np.concatenate([np.pad(part, (0, -part.size % 256)) for part in parts])
+
+
+def _lend(codec: _Codec, profile: Profile, image: int) -> None:
+    if len(profile.mean) != codec.layers:
+        raise ValueError("the profile does not fit this shape")
+    sizes = [-(-part.nbytes // 256) * 256 for part in profile_parts(profile)]
+    addresses = [image + sum(sizes[:i]) for i in range(len(sizes))]
+    codec.profile = ctypes.pointer(profile_at(profile, addresses))
+
+
+def scratch_bytes(shape: Shape, count: int, coding: Coding | None = None, profile: Profile | None = None) -> int:
+    """Scratch memory to decode `count` chunks, perhaps of a profile, or with `coding` to encode them."""
     codec = described(shape, coding)
+    if profile is not None:
+        _lend(codec, profile, 0)
     return _cuda.call("codec_scratch", ctypes.byref(codec), count, coding is not None)
 
 
@@ -77,15 +98,19 @@ def decode(
     first_layer: int = 0,
     layers: int | None = None,
     ctas: int = 0,
+    profile: tuple[Profile, int] | None = None,
 ) -> None:
     """Queue the decoding of `layers` layers from `first_layer` on (all by default) into room of just these at `outs`.
 
     `status` is the address of int32 `[count]`: 0 for each blob that was whole, else a code of lmcache_codec.h; what its
-    room holds then is unspecified. At most `ctas` thread blocks decode, 0 for as many as are useful.
+    room holds then is unspecified. At most `ctas` thread blocks decode, 0 for as many as are useful. `profile`: with
+    the address of its image; blobs may be of it or of none.
     """
     count = shape.layers - first_layer if layers is None else layers
     sources, sizes, targets = _vectors(blobs, lengths, outs)
     codec = described(shape)
+    if profile is not None:
+        _lend(codec, *profile)
     at = (*(_native.address_of(vector) for vector in (sources, sizes, targets)), sources.size)
     where = (first_layer, count, *scratch, status, ctas, stream)
     _cuda.call("codec_decode", device, ctypes.byref(codec), TABLES.id, *at, *where)

@@ -90,15 +90,23 @@ def _described(shape: Shape, coding: Coding | None = None) -> _Codec:
     return codec
 
 
+def profile_parts(profile: Profile) -> list[NDArray[Any]]:
+    """The arrays that `lmc_codec_profile` points to."""
+    return [profile.turns, profile.mean, *profile.matrices]
+
+
+def profile_at(profile: Profile, addresses: Sequence[int]) -> _Profile:
+    """The profile with its parts at these addresses."""
+    _, _, blocks, block, _ = profile.basis.shape
+    return _Profile(profile.number, profile.heads, profile.turns.size, blocks, block, *addresses)
+
+
 def _lend(library: ctypes.CDLL, codec: _Codec, profile: Profile) -> None:
     """Give the codec a profile, and this thread's memory to work with it."""
-    layers, _, blocks, block, _ = profile.basis.shape
-    arrays = (profile.turns, profile.mean, *profile.matrices)
-    addresses = [_native.address_of(array) for array in arrays]
-    lent = _Profile(profile.number, profile.heads, profile.turns.size, blocks, block, *addresses)
+    lent = profile_at(profile, [_native.address_of(part) for part in profile_parts(profile)])
     codec.profile = ctypes.pointer(lent)
     room = library.lmc_codec_room_bytes(ctypes.byref(codec))
-    if room < 0 or layers != codec.layers:
+    if room < 0 or len(profile.mean) != codec.layers:
         raise ValueError("the profile does not fit this shape")
     if _scratch.turning.size < room:
         _scratch.turning = np.empty(room, np.uint8)

@@ -52,7 +52,8 @@ class Profile:
         shapes = self.mean.shape == (layers, channels) and planes == 2 and rows == columns and self.turns.ndim == 1
         if not (types and shapes and layers) or rows > BLOCK or (blocks > 1 and rows % GROUP):
             raise ValueError("its arrays do not fit each other")
-        if self.heads < 1 or channels % self.heads or 2 * self.turns.size > channels // self.heads:
+        dim = channels // self.heads if self.heads > 0 else 0
+        if not dim or channels % self.heads or rows % dim or 2 * self.turns.size > dim:
             raise ValueError(f"{self.heads} heads and {self.turns.size} rotary pairs do not fit {channels} channels")
         if not (np.abs(self.mean) < 2.0**60).all():
             raise ValueError("its means are not finite")

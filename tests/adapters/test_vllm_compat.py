@@ -7,12 +7,15 @@ import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from fake_cuda import LOST, FakeCuda, installed
 
 from lmcache_core.errors import ConfigError, Unsupported
 from lmcache_core.layout import KVLayout
@@ -240,12 +243,123 @@ def _strided(kv: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ((), lambda kv: kv | {"model.layers.1.attn": kv["model.layers.1.attn"].double()}, "layers.1"),
         ((), lambda kv: {name: tensor.double() for name, tensor in kv.items()}, "float64"),
         ((), lambda kv: {name: tensor.to("meta") for name, tensor in kv.items()}, "meta memory"),
-        ((), _strided, "one run of memory"),
+        ((), _strided, "not of the layout LBHNC"),
+        ((), lambda kv: {n: t[:, :, : BLOCK - 1] for n, t in kv.items()}, "of shape"),
+        ((), lambda kv: {n: torch.cat([t, t], 3)[..., : 2 * DIM] for n, t in kv.items()}, "one run of memory"),
     ],
 )  # fmt: skip
 def test_pages_that_are_refused(specs: tuple[Any, ...], change: Callable[[Any], Any], why: str) -> None:
     with pytest.raises(Unsupported, match=why):
         compat.describe_pages(engine_config(), cache_config(*specs), change(memory()))
+
+
+# -- pages on a GPU ----------------------------------------------------------------------------------------------
+class OnGpu(torch.Tensor):
+    """Host memory that says it is a GPU's."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda", 0)
+
+
+LAYOUTS = ["LBNHC", "LBHNC", "BLNHC", "BLHNC", "LHBNC", "BHLNC"]
+
+
+def gpu_memory(layout: str = "LBNHC", dtype: torch.dtype = torch.bfloat16, split: int = 1) -> dict[str, torch.Tensor]:
+    """KV of three layers in one allocation, nested as the layout's name says."""
+    sizes = {"L": LAYERS, "B": BLOCKS * split, "H": HEADS, "N": BLOCK // split, "C": 2 * DIM}
+    shape = [sizes[letter] for letter in layout]
+    whole = (torch.arange(LAYERS * BLOCKS * HEADS * BLOCK * 2 * DIM) % 251).to(dtype).reshape(shape)
+    logical = whole.permute(*(layout.index(letter) for letter in "LBHNC"))
+    return {f"model.layers.{i}.attn": logical[i].as_subclass(OnGpu) for i in range(LAYERS)}
+
+
+def gpu_config(layout: str = "LBNHC", backends: tuple[str, ...] = ("FLASH_ATTN",), **changes: Any) -> Any:
+    kinds = [SimpleNamespace(get_name=partial(str, name)) for name in backends]
+    layers = {
+        f"model.layers.{i}.attn": SimpleNamespace(get_attn_backend=partial(kinds.__getitem__, i % len(kinds)))
+        for i in range(LAYERS)
+    }
+    return engine_config(
+        compilation_config__static_forward_context=layers,
+        cache_config__kv_cache_layout=layout,
+        model_config__dtype=torch.bfloat16,
+        **changes,
+    )
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    """The fake CUDA library, and torch as far as the adapter asks it for streams and pinned memory."""
+    with installed() as fake:
+        plain = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory=False, **more: plain(*size, **more))
+        stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        yield fake
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_a_gpu_is_copied_by_its_name(gpu: FakeCuda, layout: str) -> None:
+    kv = gpu_memory(layout)
+    (pages,) = compat.describe_pages(gpu_config(layout), cache_config(spec(dtype=torch.bfloat16)), kv)
+    assert pages.device == 0
+    assert pages.layout.packing == f"vllm-cuda/1/{layout}/FLASH_ATTN"
+    before = {name: tensor.clone() for name, tensor in kv.items()}
+    compat.prove_copies(pages)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in kv.items())
+    # A slot has a page in the order of memory: [H, N, C] or [N, H, C].
+    slot = np.zeros(pages.layout.chunk_bytes, np.uint8)
+    compat.paged_kv(pages, pages.layout).gather([5], [slot.ctypes.data])
+    own = [tensor[5] if layout.index("H") < layout.index("N") else tensor[5].transpose(0, 1) for tensor in kv.values()]
+    assert np.array_equal(slot, torch.stack(own).contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def test_blocks_that_the_kernels_split_are_put_together(gpu: FakeCuda) -> None:
+    (pages,) = compat.describe_pages(gpu_config(), cache_config(spec(dtype=torch.bfloat16)), gpu_memory(split=2))
+    assert (pages.num_blocks, pages.layout.block_tokens, pages.split) == (BLOCKS, BLOCK, 2)
+    assert pages.layout.packing.endswith("/split2")
+    compat.prove_copies(pages)
+
+
+def test_mla_on_a_gpu_is_named_by_its_backend(gpu: FakeCuda) -> None:
+    mla = MLAAttentionSpec(BLOCK, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
+    kv = {
+        f"model.layers.{i}.attn": torch.ones(BLOCKS, 1, BLOCK, 64, dtype=torch.bfloat16).as_subclass(OnGpu)
+        for i in range(LAYERS)
+    }
+    (pages,) = compat.describe_pages(gpu_config(backends=("FLASHMLA",)), cache_config(mla), kv)
+    assert (pages.layout.planes, pages.layout.packing) == (1, "vllm-cuda/1/LBNHC/FLASHMLA")
+    compat.prove_copies(pages)
+
+
+@pytest.mark.parametrize(
+    "config, kv, why",
+    [
+        (gpu_config("LBHNC"), gpu_memory("LBNHC"), "not of the layout LBHNC"),
+        (gpu_config("NHD"), gpu_memory(), "'NHD' is not known"),
+        (gpu_config(backends=("FLASH_ATTN", "FLASHINFER")), gpu_memory(), "several attention backends"),
+        (gpu_config("BLNHC"), gpu_memory("BLNHC", split=2), "one run of memory"),
+        (engine_config(cache_config__kv_cache_layout="LBNHC"), gpu_memory(), "do not name their backend"),
+    ],
+)
+def test_pages_of_a_gpu_that_are_refused(gpu: FakeCuda, config: Any, kv: dict[str, torch.Tensor], why: str) -> None:
+    with pytest.raises(Unsupported, match=why):
+        compat.describe_pages(config, cache_config(spec(dtype=torch.bfloat16)), kv)
+
+
+def test_a_gpu_without_the_library_is_refused() -> None:
+    with pytest.raises(Unsupported, match="cannot copy"):
+        compat.describe_pages(gpu_config(), cache_config(spec(dtype=torch.bfloat16)), gpu_memory())
+
+
+def test_a_wrong_description_of_a_gpu_is_found_by_copying(gpu: FakeCuda) -> None:
+    (pages,) = compat.describe_pages(gpu_config(), cache_config(spec(dtype=torch.bfloat16)), gpu_memory())
+    with pytest.raises(Unsupported, match="did not give the bytes"):
+        compat.prove_copies(dataclasses.replace(pages, bases=pages.bases[::-1]))
+    gpu.fail["copy_pages"] = LOST
+    with pytest.raises(Unsupported, match="on GPU 0 cannot be copied"):
+        compat.prove_copies(pages)
 
 
 # -- identity ----------------------------------------------------------------------------------------------------
@@ -506,21 +620,24 @@ def test_hit_sources() -> None:
 
 
 # -- the connector, both roles, without an engine ----------------------------------------------------------------
-def connector(role: KVConnectorRole, tmp_path: Path, **extra: Any) -> LMCacheCoreConnector:
+def connector(role: KVConnectorRole, tmp_path: Path, *, on_gpu: bool = False, **extra: Any) -> LMCacheCoreConnector:
     tiers = [{"name": "dram", "capacity": "8MiB", "backend": {"type": "cpu"}}]
     extra = {"config": {"chunk_tokens": 64, "tiers": tiers}, **extra}
-    config = engine_config(kv_transfer_config__kv_connector_extra_config=extra)
-    return LMCacheCoreConnector(config, role, cache_config())
+    config = (gpu_config if on_gpu else engine_config)(kv_transfer_config__kv_connector_extra_config=extra)
+    return LMCacheCoreConnector(config, role, cache_config(spec(dtype=torch.bfloat16)) if on_gpu else cache_config())
 
 
 def step(
     scheduler: LMCacheCoreConnector, worker: LMCacheCoreConnector, tokens: dict[str, int], *tables: list[int]
 ) -> Any:
-    """One step of an engine, in vLLM's order."""
+    """One step of an engine, in vLLM's order; all requests are new."""
     output = SimpleNamespace(
         num_scheduled_tokens=tokens,
         total_num_scheduled_tokens=sum(tokens.values()),
         kv_connector_block_state=KVConnectorBlockState(set(tokens), lambda _: tables, {}),
+        scheduled_new_reqs=[SimpleNamespace(block_ids=tables, num_computed_tokens=0) for _ in tokens],
+        scheduled_cached_reqs=SimpleNamespace(new_block_ids=[None, ([9], [10])]),
+        kv_cache_block_copies=[SimpleNamespace(src_block_id=9, dst_block_id=11)],
     )
     worker.bind_connector_metadata(scheduler.build_connector_meta(output))
     worker.start_load_kv(None)
@@ -566,6 +683,52 @@ def test_both_roles_save_and_load(tmp_path: Path) -> None:
     worker.shutdown()
     scheduler.shutdown()
     pipeline.check(idle=True)
+
+
+def finish(gpu: FakeCuda) -> None:
+    for stream in list(gpu._streams):
+        gpu._run(stream)
+
+
+def test_both_roles_on_a_gpu(gpu: FakeCuda, tmp_path: Path) -> None:
+    kv = gpu_memory()
+    worker = connector(KVConnectorRole.WORKER, tmp_path, on_gpu=True)
+    scheduler = connector(KVConnectorRole.SCHEDULER, tmp_path, on_gpu=True)
+    worker.register_kv_caches(kv)
+    scheduler.set_xfer_handshake_metadata_pp_aware({(0, 0): worker.get_handshake_metadata()})
+    first = request(request_id="first")
+    assert scheduler.get_num_new_matched_tokens(first, 0) == (0, False)
+    scheduler.update_state_after_alloc(first, SimpleNamespace(get_block_ids=lambda: ([1, 2, 3, 4],)), 0)
+    # The copies of a step outlast it, and are asked about in steps that have nothing else to do.
+    assert step(scheduler, worker, {"first": 100}, [1, 2, 3, 4]).kv_connector_worker_meta is None
+    assert scheduler.has_pending_push_work()
+    scheduler.request_finished_all_groups(first, ([1, 2, 3, 4],))
+    finish(gpu)
+    step(scheduler, worker, {}, [])
+    assert not scheduler.has_pending_push_work()
+    again = request(request_id="again")
+    assert scheduler.get_num_new_matched_tokens(again, 0) == (64, False)
+    scheduler.update_state_after_alloc(again, SimpleNamespace(get_block_ids=lambda: ([7, 5, 6, 8],)), 64)
+    step(scheduler, worker, {"again": 36}, [7, 5, 6, 8])
+    finish(gpu)
+    for tensor in kv.values():
+        assert torch.equal(tensor[7], tensor[1])
+        assert torch.equal(tensor[5], tensor[2])
+        assert not torch.equal(tensor[6], tensor[3])
+    step(scheduler, worker, {}, [])
+    pipeline = scheduler._scheduler.pipeline
+    scheduler.request_finished(again, [])
+    scheduler.shutdown()
+    worker.shutdown()
+    pipeline.check(idle=True)
+
+
+def test_blocks_a_step_may_write() -> None:
+    output = SimpleNamespace(
+        scheduled_new_reqs=[SimpleNamespace(block_ids=([1, 2, 3], [4, 5, 6]), num_computed_tokens=70)],
+        scheduled_cached_reqs=SimpleNamespace(new_block_ids=[None, ([9], [10])]),
+    )
+    assert list(compat.blocks_written(output, 32)) == [3, 6, 9, 10]
 
 
 def test_a_tenants_requests_are_found_by_that_tenant_only(tmp_path: Path) -> None:

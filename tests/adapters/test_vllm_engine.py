@@ -188,3 +188,21 @@ def test_layers_are_announced_before_they_are_read(found: dict[str, Any]) -> Non
     """What `layerwise` rests on: every layer of every step that computes."""
     assert found["told"]["waits"] > 0
     assert found["told"]["waits"] % 4 == 0
+
+
+@pytest.mark.parametrize("face", ["tier", "spec"])
+def test_within_vllms_own_offloading(found: dict[str, Any], face: str) -> None:
+    """A secondary tier of vLLM's, and an offloading spec of our own: everything is on disk after a restart."""
+    if "refused" in found["offload"]:
+        assert os.environ.get("LMCACHE_TEST_VLLM"), found["offload"]["refused"]
+        assert "tested with 0.32" in found["offload"]["refused"]
+        return
+    answers = found["offload"][face]
+    for name in ("cold", "restart"):
+        same(answers[name], answers["alone"])
+    assert [answer["cached"] for answer in answers["alone"]] == [0, 0, 0]
+    assert [answer["cached"] for answer in answers["cold"]] == [0, 768, 512]
+    # At most all whole chunks but the last token: vLLM loads 768 of 768 and computes the last of them again.
+    assert [answer["cached"] for answer in answers["restart"]] == [768, 1024, 512]
+    assert answers["restart_books"]["hits"]["disk"] == 4
+    assert answers["restart_books"]["stored"] == 0 and answers["restart_books"]["misses"] == {}

@@ -32,6 +32,7 @@ if importlib.util.find_spec("vllm") is None:
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of vLLM and what it imports
     import torch
+    from fake_gpu import COMPUTE, TASTES, Adversary, Taste, adversary
     from test_vllm_compat import cache_config, engine_config, spec, window
     from vllm.v1.kv_offload.base import (
         CanonicalKVCacheRef,
@@ -55,6 +56,7 @@ with warnings.catch_warnings():
     from lmcache_core.adapters import _vllm_offload_compat as compat
     from lmcache_core.adapters import vllm_offload
     from lmcache_core.adapters._vllm_offload_manager import Manager
+    from lmcache_core.adapters._vllm_offload_worker import GpuCopyWorker
     from lmcache_core.adapters.vllm_offload import LMCacheCoreOffloadingSpec, LMCacheCoreTier
 
 HIT, MISS, PENDING, RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING, LookupResult.RETRY
@@ -507,7 +509,9 @@ BLOCKS = 24
 class Offloaded:
     """Our manager and our worker around an engine of `BLOCKS` blocks; a chunk is two blocks."""
 
-    def __init__(self, config: Any, **changes: Any) -> None:
+    def __init__(self, config: Any, cuda: Adversary | None = None, **changes: Any) -> None:
+        """`cuda`: the engine computes on a stream of it, and its pages are on a GPU."""
+        self.cuda = cuda
         extra = {"config": {**config, "chunk_tokens": 2 * BLOCK}, "spec_name": "LMCacheCoreOffloadingSpec"}
         self.spec = LMCacheCoreOffloadingSpec(offloading_config(extra, **changes))
         assert self.spec.blocks_per_chunk == 2
@@ -523,6 +527,8 @@ class Offloaded:
             [[CanonicalKVCacheRef(i, PAGE) for i in range(LAYERS)]],
         )
         self.worker = self.spec.get_worker(caches)
+        if cuda is not None:
+            self.worker = GpuCopyWorker(caches, 2, 0, 2 * LAYERS * PAGE, device=0, compute=lambda: COMPUTE)
         self.jobs = 0
         self.requests = 0
 
@@ -538,17 +544,34 @@ class Offloaded:
     def block(self, block: int) -> np.ndarray[Any, Any]:
         return np.concatenate([layer[block].numpy() for layer in self.layers]).view(np.uint8)
 
+    def compute(self, work: Callable[[], None]) -> None:
+        if self.cuda is None:
+            work()
+        else:
+            self.cuda.compute(work)
+
     def write(self, block: int, data: np.ndarray[Any, Any]) -> None:
-        for i, layer in enumerate(self.layers):
-            layer[block] = torch.from_numpy(data[i * PAGE : (i + 1) * PAGE].view(np.int8).copy())
+        def work() -> None:
+            for i, layer in enumerate(self.layers):
+                layer[block] = torch.from_numpy(data[i * PAGE : (i + 1) * PAGE].view(np.int8).copy())
+
+        self.compute(work)
 
     def poison(self) -> None:
-        for layer in self.layers:
-            layer.fill_(POISON - 256)
+        def work() -> None:
+            for layer in self.layers:
+                layer.fill_(POISON - 256)
 
-    def done(self) -> None:
+        self.compute(work)
+
+    def done(self, *, wait: bool = False) -> None:
         """The worker's answer to the last job."""
-        (result,) = self.worker.get_finished()
+        if wait:
+            self.worker.wait({self.jobs})
+        for _ in range(10):
+            if results := self.worker.get_finished():
+                break
+        (result,) = results
         assert result.success and result.job_id == self.jobs
 
     def begin_store(self, keys: Sequence[Any]) -> tuple[Any, ReqContext, Any]:
@@ -565,7 +588,7 @@ class Offloaded:
         self.jobs += 1
         blocks = list(range(2 * len(new)))
         assert self.worker.submit_store(self.jobs, GPULoadStoreSpec(blocks, [len(blocks)], [0]), where)
-        self.done()
+        self.done(wait=self.jobs % 2 == 0)
         self.poison()
 
     def store(self, keys: Sequence[Any]) -> int:
@@ -610,6 +633,8 @@ class Offloaded:
         self.jobs += 1
         assert self.worker.submit_load(self.jobs, where, GPULoadStoreSpec(used, [len(used)], [skip]))
         self.done()
+        if self.cuda is not None:
+            self.cuda.finish()  # what else the engine does to its blocks
         halves = [half for key in hits for half in content(key, 2 * LAYERS * PAGE).reshape(2, -1)]
         for block, half in zip(used, halves[skip:], strict=True):
             assert np.array_equal(self.block(block), half)
@@ -655,6 +680,20 @@ def test_chunks_go_out_and_come_back(offloaded: Callable[..., Offloaded]) -> Non
     stats = two.manager.get_stats()
     assert "vllm:lmcache_hit_chunks" in str(stats.data)
     assert two.manager.get_stats() is None
+
+
+@pytest.mark.parametrize("taste", TASTES)
+def test_pages_on_a_gpu(engine: SimpleNamespace, tmp_path: Path, taste: Taste) -> None:
+    """Copies begin after what was computed before, and have ended when the worker says so."""
+    with adversary(taste) as cuda:
+        one = Offloaded(tiers(tmp_path, 8, 8192), cuda)
+        keys = keys_of(*range(6))
+        for first in range(0, 6, 2):
+            assert one.store(keys[first : first + 2]) == 2
+            settle(one.manager.pipeline)
+        for skip in (0, 1):
+            assert one.load(keys, skip=skip) == 6
+        one.close()
 
 
 def test_where_hits_come_from(offloaded: Callable[..., Offloaded]) -> None:

@@ -1,6 +1,6 @@
 """Several lifetimes of a real vLLM engine in one process; prints what each did as one line of JSON.
 
-usage: vllm_lifetimes.py WORK_DIRECTORY (tiny | two | mixed | MODEL_DIRECTORY)
+usage: vllm_lifetimes.py WORK_DIRECTORY (tiny | two | mixed | offload:MODEL_DIRECTORY | MODEL_DIRECTORY)
 
 Run in a process of its own: vLLM keeps global state and its environment must be set before it is imported.
 """
@@ -301,7 +301,21 @@ def tiny(work: Path) -> dict[str, Any]:
     found["hybrid"] = _kind(hybrid_model(work / "hybrid"), work / "hybrid_kv")
     found["mla"] = _kind(mla_model(work / "mla"), work / "mla_kv", dtype="bfloat16")
     found |= _bypassed(work)
+    found["offload"] = _offload(model, work, long=False)
     return found
+
+
+def _offload(model: Path, work: Path, *, long: bool) -> dict[str, Any]:
+    """Our two plugs of vLLM's own offloading, or what they say of a vLLM that is too old for them."""
+    import vllm_offload_lifetimes
+
+    from lmcache_core.errors import Unsupported
+
+    try:
+        import lmcache_core.adapters.vllm_offload  # noqa: F401
+    except Unsupported as error:
+        return {"refused": str(error)}
+    return {face: vllm_offload_lifetimes.run(face, model, work, engine, damage, long=long) for face in ("tier", "spec")}
 
 
 ALONE = {"lmcache.skip_read": True, "lmcache.skip_write": True}
@@ -548,6 +562,9 @@ def main(arguments: Sequence[str]) -> None:
     work = Path(arguments[0])
     work.mkdir(parents=True, exist_ok=True)
     runs: dict[str, Callable[[Path], dict[str, Any]]] = {"tiny": tiny, "two": two, "mixed": mixed}
+    _, _, directory = arguments[1].partition(":")
+    if directory:
+        runs[arguments[1]] = lambda work: _offload(Path(directory), work, long=True)
     run = runs.get(arguments[1]) or (lambda work: real(Path(arguments[1]), work / "kv"))
     print("\n" + json.dumps(run(work)))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from test_vllm_engine import lifetimes, loaded
+from test_vllm_engine import lifetimes, loaded, same
+from test_vllm_model import MODEL
 
 
 def test_two_workers(tmp_path: Path) -> None:
@@ -29,3 +30,20 @@ def test_mixed_workload(tmp_path: Path) -> None:
     assert found["failed_reads"] > 5 and found["misses"].get("error", 0) + found["misses"].get("corrupt", 0) > 0
     assert found["loaded_tokens"] > 10_000
     assert found["free_blocks"] == found["free_blocks_before"]
+
+
+def test_within_vllms_own_offloading(tmp_path: Path) -> None:
+    """Our secondary tier and our offloading spec on the real model: a load is what the engine's own cache gives."""
+    found = lifetimes(tmp_path, f"offload:{MODEL}")
+    for face in ("tier", "spec"):
+        answers = found[face]
+        for name in ("alone", "cold", "restart", "damaged"):
+            same(answers[name], answers["baseline"])
+        same(answers["reset"], answers["baseline"][:1])
+        # The prompt that ends inside a chunk: the engine and we have equally many of its blocks.
+        loads, own = answers["restart"][1], answers["control"][1]
+        assert (loads["tokens"], loads["logprobs"]) == (own["tokens"], own["logprobs"])
+        assert [answer["cached"] for answer in answers["restart"]] == [768, 1024, 512]
+        assert answers["restart_books"]["hits"]["disk"] == 4 and answers["restart_books"]["stored"] == 0
+        assert answers["damaged_objects"] > 0 and answers["damaged_books"]["misses"]["corrupt"] > 0
+        assert answers["reset"][0]["cached"] == 0

@@ -1,29 +1,20 @@
-"""Lifetimes of a real vLLM engine with our two plugs of its own offloading; prints what each did as one line of JSON.
-
-usage: vllm_offload_lifetimes.py WORK_DIRECTORY (tier | spec) (tiny | MODEL_DIRECTORY)
-
-Run in a process of its own, as `vllm_lifetimes.py`.
-"""
+"""Lifetimes of a real vLLM engine with our two plugs of its own offloading; `vllm_lifetimes.py` runs them."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from vllm_lifetimes import CHUNK, ENVIRONMENT, damage, engine, tiny_model
-
 MODULE = "lmcache_core.adapters.vllm_offload"
+CHUNK = 256
 
 
 def transfer(face: str, disk: Path) -> dict[str, Any]:
     """vLLM's own offloading with our tiers: a DRAM tier over a disk tier at `disk`."""
     tiers = [
-        {"name": "dram", "capacity": "512MiB", "backend": {"type": "cpu"}},
+        {"name": "dram", "capacity": "256MiB", "backend": {"type": "cpu"}},
         {"name": "disk", "capacity": "2GiB", "write": "through", "backend": {"type": "gds", "path": str(disk)}},
     ]
     config = {"chunk_tokens": CHUNK, "tiers": tiers}
@@ -61,38 +52,34 @@ def books(face: str, e: Any) -> dict[str, Any]:
     return {"stored": stats["stored"], "hits": stats["hits"], "misses": stats["misses"]}
 
 
-def run(face: str, model: Path, work: Path) -> dict[str, Any]:
-    """Answers without a cache, with the engine's own, with ours cold, warm, after a restart, and over damaged media."""
+def run(
+    face: str, model: Path, work: Path, engine: Callable[..., Any], damage: Callable[[Path, int], int], *, long: bool
+) -> dict[str, Any]:
+    """Answers computed alone (each under a salt of its own), cold, and after a restart; with `long` also without
+    any of us, from the engine's own prefix cache, over damaged media, and after a reset."""
     random = Random(3)
     document = random.choices(range(3, 512), k=1100)
     # A chunk boundary, inside a chunk, and a shared prefix with another end.
     prompts = [document[:768], document, document[:600] + random.choices(range(3, 512), k=90)]
     found: dict[str, Any] = {}
-    with engine(model, work, cache=False) as e:
-        found["baseline"] = e.ask(prompts)
-    disk = work / "kv"
-    for name in ("cold", "restart", "damaged"):
+    disk = work / face
+    if long:
+        with engine(model, work, cache=False) as e:
+            found["baseline"] = e.ask(prompts)
+        with engine(model, work, cache=False, enable_prefix_caching=True) as e:
+            e.ask(prompts)
+            found["control"] = e.ask(prompts)
+    for name in ("cold", "restart", "damaged")[: 3 if long else 2]:
         if name == "damaged":
             found["damaged_objects"] = damage(disk, 2)
         with engine(model, disk, kv_transfer_config=transfer(face, disk)) as e:
             found[name] = e.ask(prompts)
             if name == "cold":
-                found["warm"] = e.ask(prompts)
-                found["salted"] = e.ask(prompts[:1], salt="tenant")
+                found["alone"] = [
+                    answer for i, prompt in enumerate(prompts) for answer in e.ask([prompt], salt=f"s{i}")
+                ]
             found[name + "_books"] = books(face, e)
-            if name == "restart":
+            if name == "damaged":
                 assert e.connector.reset_cache()
                 found["reset"] = e.ask(prompts[:1])
     return found
-
-
-def main(arguments: Sequence[str]) -> None:
-    work = Path(arguments[0])
-    work.mkdir(parents=True, exist_ok=True)
-    model = tiny_model(work / "model") if arguments[2] == "tiny" else Path(arguments[2])
-    print("\n" + json.dumps(run(arguments[1], model, work)))
-
-
-if __name__ == "__main__":
-    os.environ.update(ENVIRONMENT)
-    main(sys.argv[1:])

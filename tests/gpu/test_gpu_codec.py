@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from codec_cases import any_turned, tampered
 from cuda_cases import CASES, Case
 from test_cuda_codec import resealed
 
 from lmcache_serde.cachegen import cuda, reference
 from lmcache_serde.cachegen.format import CodecError, parse
+from lmcache_serde.cachegen.profile import Profile
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda.why_not()), reason=cuda.why_not())]
 
@@ -51,17 +53,23 @@ class Codec:
         assert all((blob[size:] == 0xEE).all() for blob, size in zip(blobs, sizes.tolist(), strict=True))
         return [blob[:size].copy() for blob, size in zip(blobs, sizes.tolist(), strict=True)], raw.tolist()
 
-    def decode(self, blobs: list[np.ndarray], **options: int) -> tuple[np.ndarray, list[int]]:
+    def decode(
+        self, blobs: list[np.ndarray], profile: Profile | None = None, **options: int
+    ) -> tuple[np.ndarray, list[int]]:
         """Chunks `[count, bytes]`, and what was wrong with each."""
         nbytes = options.get("layers", self.shape.layers) * self.shape.planes * self.shape.row_bytes
         room = (nbytes + 15) // 16 * 16
         _source, sources = self._rows(blobs, (max(blob.size for blob in blobs) + 31) // 16 * 16)
         out = self._room(len(blobs) * room)
         status = self.torch.full((len(blobs),), 77, dtype=self.torch.int32, device="cuda")
-        scratch = self._room(cuda.scratch_bytes(self.shape, len(blobs)))
+        scratch = self._room(cuda.scratch_bytes(self.shape, len(blobs), profile=profile))
+        lent = None
+        if profile is not None:
+            image = self.torch.from_numpy(cuda.profile_image(profile)).cuda()
+            lent = (profile, image.data_ptr())
         outs = out.data_ptr() + np.arange(len(blobs)) * room
         given = [blob.size for blob in blobs], outs, (scratch.data_ptr(), scratch.numel()), status.data_ptr()
-        cuda.decode(self.shape, sources, *given, self.stream, **options)
+        cuda.decode(self.shape, sources, *given, self.stream, profile=lent, **options)
         self.torch.cuda.synchronize()
         return out.cpu().numpy().reshape(len(blobs), room)[:, :nbytes], status.tolist()
 
@@ -121,3 +129,20 @@ def test_damage_is_refused_where_the_reference_refuses_it(name: str) -> None:
             assert wrong < 0
         else:
             assert wrong == 0 and np.array_equal(chunk, right)
+
+
+def test_transformed_blobs_are_decoded_as_the_reference_does() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(12):
+        shape, how, data, profile, start = any_turned(rng)
+        codec = Codec(Case(shape, how))
+        blob = reference.encode(shape, how, data, profile, start)
+        blobs = [blob, reference.encode(shape, how, data), *(tampered(rng, blob, shape, profile) for _ in range(6))]
+        decoded, status = codec.decode(blobs, profile=profile)
+        for one, chunk, wrong in zip(blobs, decoded, status, strict=True):
+            try:
+                right = reference.decode(shape, one, profile=profile)
+            except CodecError:
+                assert wrong < 0
+            else:
+                assert wrong == 0 and np.array_equal(chunk, right)

@@ -16,7 +16,7 @@ from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from lmcache_core import _native
 
 
-class CopySpec(CPUOffloadingSpec):  # type: ignore[misc]
+class CopySpec(CPUOffloadingSpec):
     """vLLM's CPU tier; its own worker where that runs."""
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
@@ -26,7 +26,7 @@ class CopySpec(CPUOffloadingSpec):  # type: ignore[misc]
         return super().get_worker(kv_caches)
 
 
-class CopyWorker(OffloadingWorker):  # type: ignore[misc]
+class CopyWorker(OffloadingWorker):
     """Copies blocks at once, in one call for all layers. For models with one KV group."""
 
     def __init__(self, kv_caches: CanonicalKVCaches, chunks: int, blocks_per_chunk: int) -> None:
