@@ -220,10 +220,11 @@ def pages(bench: Bench, done: Done, ceiling: Result) -> None:
                 ways += [How(bench.handle, ctas=n) for n in (4, 8, 16, 32, 64)] if pinned else []
                 if geometry.planes[0].dims[-1].page_stride == geometry.planes[0].run_bytes:
                     ways.append(How(bench.handle, path="engine"))
+                chosen = GpuPagedKV(base, geometry, blocks, how=ways[0], owner=memory).choose(ids, addresses, ways)
                 for how in ways:
                     paged = GpuPagedKV(base, geometry, blocks, how=how, owner=memory)
                     row: Result = {"slots": "pinned" if pinned else "device", "layout": name, "path": how.path}
-                    row["ctas"] = how.ctas
+                    row |= {"ctas": how.ctas, "chosen": how is chosen}
                     for verb, link in (("gather", "to_host"), ("scatter", "to_device")):
                         work = functools.partial(getattr(paged, verb), ids, addresses)
                         rate = nbytes / bench.seconds(work) / GB

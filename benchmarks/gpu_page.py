@@ -55,7 +55,7 @@ def tell_limits(found: Result) -> list[str]:
 def tell_pages(found: Result) -> list[str]:
     rows, needed = [], {}
     for row in found["rows"]:
-        path = row["path"] + (f", {row['ctas']} blocks" if row["ctas"] else "")
+        path = row["path"] + (f", {row['ctas']} blocks" if row["ctas"] else "") + (" *" if row["chosen"] else "")
         cells = [f"{row[f'{verb}_gb_s']:.1f} ({row[f'{verb}_of_limit']:.2f})" for verb in ("gather", "scatter")]
         rows.append([row["slots"], row["layout"], path, *cells])
         if row["ctas"] and min(row["gather_of_limit"], row["scatter_of_limit"]) >= ENOUGH:
@@ -63,7 +63,7 @@ def tell_pages(found: Result) -> list[str]:
     few = "; ".join(f"{layout}: {ctas}" for layout, ctas in needed.items()) or "more than 64"
     return [
         "16 chunks of 256 tokens of a Llama-3.1-8B (512 MiB), random blocks of 16 tokens. In brackets, the part of the",
-        "plain copy.",
+        "plain copy; * is what `GpuPagedKV.choose` takes.",
         "",
         *_table("slots | layout | path | gather | scatter", rows),
         "",

@@ -8,6 +8,7 @@ import mmap
 import os
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -83,7 +84,8 @@ class CpuMemory(MemoryBackend):
         # The mapping itself goes when the last view does: a copy still running must never lose its memory.
         for _, fd, pinned in self._open:
             if pinned:
-                _cuda.unpin(pinned)
+                with suppress(_cuda.CudaError):  # a device that failed pins nothing
+                    _cuda.unpin(pinned)
             if fd >= 0:
                 os.close(fd)
         self._open.clear()

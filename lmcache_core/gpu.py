@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from lmcache_core import _cuda
@@ -37,6 +39,36 @@ class GpuPagedKV(PagedKV):
     def scatter(self, block_ids: ArrayLike, slot_addresses: ArrayLike, how: How | None = None) -> None:
         """Queue the copy of chunks from slots into the engine's pages; blocks with id `SKIP` are left alone."""
         self._queue(block_ids, slot_addresses, how, to_slots=False)
+
+    def choose(self, block_ids: ArrayLike, slot_addresses: ArrayLike, ways: Sequence[How], repeat: int = 5) -> How:
+        """The way that gathers and scatters this batch in the least time; this object's own from now on.
+
+        Measured here, so that whoever knows the pages need not know the machine. The slots are overwritten; the pages
+        hold the same bytes afterwards, and nobody may write to them meanwhile. Ways that refuse these pages are passed
+        over; raise `ValueError` when all do.
+        """
+        best: tuple[float, How] | None = None
+        for how in ways:
+            event, times = Event(how.device), []
+            try:
+                for _ in range(repeat + 1):  # the first warms up
+                    begun = perf_counter()
+                    self.gather(block_ids, slot_addresses, how)
+                    self.scatter(block_ids, slot_addresses, how)
+                    event.record(how.stream)
+                    event.synchronize()
+                    times.append(perf_counter() - begun)
+            except ValueError:
+                continue
+            finally:
+                event.close()
+            taken = min(times[1:])
+            if best is None or taken < best[0]:
+                best = taken, how
+        if best is None:
+            raise ValueError(f"none of {len(ways)} ways can copy these pages")
+        self.how = best[1]
+        return self.how
 
     def _queue(self, block_ids: ArrayLike, slot_addresses: ArrayLike, how: How | None, *, to_slots: bool) -> None:
         ids, slots = self._batch(block_ids, slot_addresses)

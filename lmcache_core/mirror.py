@@ -309,9 +309,9 @@ class Mirror:
         try:
             for thing in (self._risen, self._up, self._down):
                 thing.close()
+            self._memory.close()
         except CudaError as error:
             self._failed(error)
-        self._memory.close()
         return True
 
     def stats(self) -> dict[str, Any]:

@@ -720,6 +720,8 @@ class Pipeline:
             if isinstance(present, list) and not any(present) and not tier.owes(keys):
                 gone.append(tier)
 
+        if self.mirror is not None:
+            self.mirror.drain(timeout)  # stores that a device has not finished yet
         with self._lock:
             self._check_open()
             self._void.update(keys)

@@ -239,7 +239,8 @@ static std::vector<uint8_t> encode_tile(const Input &in, const std::vector<Chann
     return out;
 }
 
-static std::vector<uint8_t> encode_row(const Input &in, uint32_t number, uint32_t mode, int32_t offset, uint32_t n_raw,
+// `plain`: the elements, where `in` is of components.
+static std::vector<uint8_t> encode_row(const Input &in, const Input &plain_in, uint32_t number, uint32_t mode, int32_t offset, uint32_t n_raw,
                                        uint32_t tile_tokens) {
     const Shape &shape = in.shape;
     const uint32_t n = shape.tokens - n_raw, width = shape.groups() * GROUP;
@@ -285,16 +286,17 @@ static std::vector<uint8_t> encode_row(const Input &in, uint32_t number, uint32_
             lowest = std::min(lowest, field);
         }
         channels[c] = mode == EXACT ? exact_channel(MODELS_HERE, top, lowest, fields, n)
-                                    : quantised_channel(MODELS_HERE, sums, n, mode == ANCHORED, n > tile_tokens);
+                                    : quantised_channel(MODELS_HERE, sums, n, mode == ANCHORED, n > tile_tokens,
+                                                        &in == &plain_in ? MOST_STEPS : MOST_COMPONENT);
         raw = channels[c].raw;
     }
     std::vector<uint8_t> row;
-    const uint32_t plain = 16 + align16(shape.row_bytes());
+    const uint32_t plain = 16 + align16(plain_in.shape.row_bytes());
     if (!raw) {
         const uint32_t tiles = (n + tile_tokens - 1) / tile_tokens * shape.groups();
         uint32_t at[4], tile = 0;
-        row.resize(row_sections(shape, mode, n_raw, tiles, at));
-        memcpy(&row[at[0]], in.row, n_raw * shape.channels * shape.item());
+        row.resize(row_sections(plain_in.shape, mode, n_raw, tiles, at));
+        memcpy(&row[at[0]], plain_in.row, n_raw * shape.channels * plain_in.shape.item());
         if (mode == PER_TOKEN) memcpy(&row[at[1]], codes.data(), n);
         for (uint32_t c = 0; c < width; ++c) {
             if (mode == ANCHORED) memcpy(&row[at[1] + 2 * c], &channels[c].anchor, 2);
@@ -317,7 +319,7 @@ static std::vector<uint8_t> encode_row(const Input &in, uint32_t number, uint32_
     }
     if (raw) {
         row.assign(plain, 0);
-        memcpy(&row[16], in.row, shape.row_bytes());
+        memcpy(&row[16], plain_in.row, plain_in.shape.row_bytes());
         head.mode = RAW;
         head.code = 0;
         head.base = 0;
@@ -341,20 +343,58 @@ static uint32_t sink_tokens(const uint8_t *chunk, const Shape &shape, const uint
     return n_raw;
 }
 
-static int64_t encode(const uint8_t *chunk, const Shape &shape, uint64_t tables, const uint8_t *modes,
-                      const int16_t *offsets, int32_t n_raw, uint32_t tile_tokens, uint8_t level, uint8_t *out) {
+// Components of a row, as the kernels find them.
+static std::vector<float> components_of(const Input &in, const lmc_codec_profile &p, uint32_t number, uint64_t start) {
+    const uint32_t channels = in.shape.channels, dim = channels / p.heads, width = p.block;
+    const uint32_t size = (width + GROUP - 1) / GROUP * GROUP;
+    const auto *matrices = reinterpret_cast<const uint32_t *>(p.there) + uint64_t{number * p.blocks} * size * size / 2;
+    std::vector<float> out(in.shape.tokens * channels), x(channels);
+    for (uint32_t t = 0; t < in.shape.tokens; ++t) {
+        uint32_t most = 0;
+        for (uint32_t c = 0; c < channels; ++c) {
+            const auto value = [&](uint32_t at) { return in.value(t, c / dim * dim + at); };
+            x[c] = number % 2 ? in.value(t, c) : turned_back(value, c % dim, p.turns, p.pairs, start + t);
+            if (number % 2 == 0) x[c] -= p.mean[number / 2 * channels + c];
+            most = std::max(most, bits_of(x[c]) & 0x7fffffffu);
+        }
+        int32_t exponent;
+        const bool good = token_exponent(most, in.shape.dtype == D_FP16 ? 13 : 60, exponent);
+        for (uint32_t c = 0; c < channels; ++c) {
+            const uint32_t first = c / width * width;
+            const uint32_t *matrix = matrices + uint64_t{c / width} * size * size / 2 + c % width;
+            uint32_t sum = 0;
+            for (uint32_t k = 0; 2 * k < width && good; ++k) {
+                const uint32_t high = 2 * k + 1 < width ? fixed_point(x[first + 2 * k + 1], exponent) : 0;
+                add_pair(sum, fixed_point(x[first + 2 * k], exponent) | high << 16, matrix[k * size]);
+            }
+            out[t * channels + c] = good ? component_of(sum, exponent) : float_of(0x7fc00000u);
+        }
+    }
+    return out;
+}
+
+static int64_t encode(const uint8_t *chunk, Shape shape, uint64_t tables, const lmc_codec_profile *profile, uint64_t start,
+                      const uint8_t *modes, const int16_t *offsets, int32_t n_raw, uint32_t tile_tokens, uint8_t level,
+                      uint8_t *out) {
+    shape.aux = profile ? AUX : 0;
+    Shape inner = shape;
+    inner.dtype = D_FP32;
     if (n_raw < 0) n_raw = static_cast<int32_t>(sink_tokens(chunk, shape, modes));
     if (n_raw > static_cast<int32_t>(shape.tokens)) n_raw = static_cast<int32_t>(shape.tokens);
     uint32_t at = shape.rows_at();
     memset(out, 0, at);
+    if (profile) memcpy(out + shape.table_end(), &start, sizeof start);
     for (uint32_t number = 0; number < shape.rows(); ++number) {
         const Input in = {shape, chunk + uint64_t{number} * shape.row_bytes()};
-        const auto row = encode_row(in, number, modes[number], offsets[number], n_raw, tile_tokens);
+        std::vector<float> components;
+        if (profile) components = components_of(in, *profile, number, start);
+        const Input turned = {inner, reinterpret_cast<const uint8_t *>(components.data())};
+        const auto row = encode_row(profile ? turned : in, in, number, modes[number], offsets[number], n_raw, tile_tokens);
         memcpy(out + at, row.data(), row.size());
         at += static_cast<uint32_t>(row.size());
         memcpy(out + 64 + 4 * number, &at, 4);
     }
-    Header header = header_of(shape, level, tile_tokens, n_raw, at, tables);
+    Header header = header_of(shape, level, tile_tokens, n_raw, at, tables, profile ? profile->number : 0);
     memcpy(out, &header, sizeof header);
     header.check = header_check(out, shape);
     memcpy(out, &header, sizeof header);

@@ -76,8 +76,8 @@ extern "C" int32_t emulate_decode(const uint8_t *blob, uint64_t length, const in
                                   const lmc_codec_profile *profile, uint8_t *out) {
     return decode(blob, length, shape_of(shape), tables, profile, out);
 }
-extern "C" int64_t emulate_encode(const uint8_t *chunk, const int32_t *shape, uint64_t tables, const uint8_t *modes,
-                                  const int16_t *offsets, int32_t n_raw, uint32_t tile_tokens, uint8_t level,
+extern "C" int64_t emulate_encode(const uint8_t *chunk, const int32_t *shape, uint64_t tables,
+                                  const lmc_codec_profile *profile, uint64_t start, const uint8_t *modes, const int16_t *offsets, int32_t n_raw, uint32_t tile_tokens, uint8_t level,
                                   uint8_t *out) {
-    return encode(chunk, shape_of(shape), tables, modes, offsets, n_raw, tile_tokens, level, out);
+    return encode(chunk, shape_of(shape), tables, profile, start, modes, offsets, n_raw, tile_tokens, level, out);
 }

@@ -40,13 +40,19 @@ def build() -> ctypes.CDLL | None:
     library.emulate_decode.argtypes = [pointer, uint64, pointer, uint64, pointer, pointer]
     library.emulate_encode.restype = ctypes.c_int64
     library.emulate_encode.argtypes = [
-        *(pointer, pointer, uint64, pointer, pointer, ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint8, pointer)
+        *(pointer, pointer, uint64, pointer, uint64, pointer, pointer),
+        *(ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint8, pointer),
     ]
     library.emulate_divide.argtypes = [ctypes.c_uint32, ctypes.c_uint32]
     library.emulate_divide.restype = ctypes.c_int64
     for name in ("emulate_loads", "emulate_stores"):
         getattr(library, name).argtypes = [ctypes.c_int32, pointer, ctypes.c_int64, pointer]
     return library
+
+
+def _lent(profile: Profile) -> Any:
+    addresses = [_native.address_of(part) for part in native.profile_parts(profile)]
+    return ctypes.byref(native.profile_at(profile, addresses))
 
 
 class Codec:
@@ -57,21 +63,21 @@ class Codec:
         sizes = [DTYPES[shape.dtype], shape.layers, shape.planes, shape.tokens, shape.channels]
         self._given = np.array(sizes, np.int32)
 
-    def encode(self, coding: Coding, chunk: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def encode(
+        self, coding: Coding, chunk: NDArray[np.uint8], profile: Profile | None = None, start: int = 0
+    ) -> NDArray[np.uint8]:
         out = np.full(self._shape.bound + 64, 0xEE, np.uint8)
+        lent = None if profile is None else _lent(profile)
         coding = coding.checked(self._shape)
         at = [array.ctypes.data for array in (chunk, self._given, coding.modes, coding.offsets)]
         rest = (coding.n_raw, coding.tile_tokens, coding.level, out.ctypes.data)
-        size = self._library.emulate_encode(at[0], at[1], TABLES.id, at[2], at[3], *rest)
+        size = self._library.emulate_encode(at[0], at[1], TABLES.id, lent, start, at[2], at[3], *rest)
         assert (out[size:] == 0xEE).all()
         return out[:size]
 
     def decode(self, blob: NDArray[np.uint8], profile: Profile | None = None) -> NDArray[np.uint8] | None:
         """The chunk; None where the blob is refused."""
-        lent = None
-        if profile is not None:
-            parts = [_native.address_of(part) for part in native.profile_parts(profile)]
-            lent = ctypes.byref(native.profile_at(profile, parts))
+        lent = None if profile is None else _lent(profile)
         out = np.full(self._shape.nbytes, 0xEE, np.uint8)
         given = (blob.ctypes.data, blob.size, self._given.ctypes.data, TABLES.id, lent, out.ctypes.data)
         return None if self._library.emulate_decode(*given) else out

@@ -120,7 +120,7 @@ def test_every_source_gives_the_same_model(tmp_path: Path) -> None:
 def test_models_are_frozen_refuse_unknown_keys_and_survive_dumps(tmp_path: Path) -> None:
     config = python(tmp_path)
     dumped = config.model_dump(mode="json")
-    assert dumped["tiers"][0]["backend"] == {"type": "cpu", "pin": False, "shared": False}
+    assert dumped["tiers"][0]["backend"] == {"type": "cpu", "pin": False, "numa_node": None, "shared": False}
     assert dumped["tiers"][1]["eviction"] == {"type": "lru"}
     assert PipelineConfig.model_validate(dumped) == config
     assert PipelineConfig.model_validate_json(config.model_dump_json()) == config

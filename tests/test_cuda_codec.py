@@ -12,7 +12,7 @@ from cuda_cases import CASES
 
 from lmcache_core import _cuda
 from lmcache_serde.cachegen import cuda, reference
-from lmcache_serde.cachegen.format import TABLES, CodecError, Shape, check64, parse
+from lmcache_serde.cachegen.format import AUTO, LOSSLESS, TABLES, CodecError, Shape, check64, parse
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +98,17 @@ def test_damage_is_refused_where_the_reference_refuses_it(emulation: ctypes.CDLL
         assert codec.decode(blob[:length].copy()) is None
 
 
-def test_transformed_blobs_are_decoded_as_the_reference_does(emulation: ctypes.CDLL) -> None:
+def test_transformed_chunks_are_coded_as_the_reference_does(emulation: ctypes.CDLL) -> None:
     """Whole and tampered with, with the profile and without."""
     rng = np.random.default_rng(1)
-    refused = 0
+    refused = encoded = 0
     for _ in range(10):
         shape, how, data, profile, start = any_turned(rng)
         codec = cuda_emulation.Codec(emulation, shape)
         blob = reference.encode(shape, how, data, profile, start)
+        if how.n_raw != AUTO and LOSSLESS not in how.modes:
+            encoded += 1
+            assert np.array_equal(codec.encode(how, data, profile, start), blob)
         plain = reference.encode(shape, how, data)
         assert codec.decode(blob) is None
         for good in (blob, plain):
@@ -121,7 +124,7 @@ def test_transformed_blobs_are_decoded_as_the_reference_does(emulation: ctypes.C
                 assert decoded is None
             else:
                 assert decoded is not None and np.array_equal(decoded, expected)
-    assert refused > 10
+    assert refused > 10 and encoded > 3
 
 
 def test_where_there_is_no_gpu_the_codec_says_so() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import json
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from chunks import chunk, keys, serve, store, tier
 from fake_cuda import LOST, NO_MEMORY, FakeCuda, installed
@@ -16,11 +19,12 @@ from fake_cuda import LOST, NO_MEMORY, FakeCuda, installed
 from lmcache_backends import cpu as cpu_module
 from lmcache_backends.cpu import CpuConfig
 from lmcache_backends.gpu import GpuConfig
-from lmcache_core import _cuda
+from lmcache_core import _cuda, cli
 from lmcache_core.build import build
 from lmcache_core.config import PipelineConfig, TierConfig, load
+from lmcache_core.copies import PageGeometry
 from lmcache_core.errors import BackendUnavailable, ConfigError
-from lmcache_core.gpu import CudaError, Event, Stream
+from lmcache_core.gpu import CudaError, Event, GpuPagedKV, How, Stream
 from lmcache_core.layout import KVLayout
 from lmcache_core.mirror import Mirror
 from lmcache_core.pipeline import Lease, Pipeline, Reservation
@@ -370,6 +374,30 @@ def test_random_use_from_many_threads(cuda: FakeCuda, pipelines: Make, seed: int
     assert sum(served) > 20 and min(stats["hit"], stats["promoted"], stats["evicted"]) > 0, (served, stats)
 
 
+# -- the way of the bytes ----------------------------------------------------------------------------------------
+def test_the_fastest_way_is_measured(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is a clock of the test's: `engine` is refused, `staged` takes half as long as `kernel`."""
+    layout = KVLayout("lknhd", "bfloat16", 2, 2, 2, 16, chunk_tokens=8, block_tokens=4)
+    pages = np.random.default_rng(0).integers(0, 256, 8 * layout.chunk_bytes // 2, dtype=np.uint8)
+    before, slot = pages.copy(), np.zeros(layout.chunk_bytes, np.uint8)
+    bases = pages.ctypes.data + np.arange(4).reshape(2, 2) * (pages.size // 4)
+    now, copy = [0.0], cuda._copy_pages
+
+    def timed(*arguments: Any) -> int:
+        path = arguments[-1]._obj.path
+        now[0] += {0: 2.0, 1: 1.0, 2: 0.0}[path]
+        return -errno.EINVAL if path == 2 else copy(*arguments)
+
+    monkeypatch.setattr("lmcache_core.gpu.perf_counter", lambda: now[0])
+    cuda._copy_pages = timed  # type: ignore[method-assign]
+    ways = [How(0), How(0, path="staged"), How(0, path="engine")]
+    paged = GpuPagedKV(bases, PageGeometry.nhd(layout), 8, how=ways[0])
+    assert paged.choose([5, 2], [slot.ctypes.data], ways) is ways[1] is paged.how
+    assert np.array_equal(pages, before) and slot.any()
+    with pytest.raises(ValueError, match="none of 1 ways"):
+        paged.choose([5, 2], [slot.ctypes.data], ways[2:])
+
+
 # -- assembly ----------------------------------------------------------------------------------------------------
 def refused(layout: KVLayout, *tiers: TierConfig, shared: bool = False, **options: Any) -> str:
     config = PipelineConfig(chunk_tokens=layout.chunk_tokens, tiers=tiers or (hbm(), dram()), **options)
@@ -451,6 +479,22 @@ def test_when_assembly_fails_later_nothing_is_left_open(cuda: FakeCuda, layout: 
     bad = TierConfig(name="disk", capacity=1 << 20, backend={"type": "gds", "path": str(tmp_path / "file")})
     refused(layout, hbm(), dram(), bad)
     assert not [thread for thread in threading.enumerate() if thread.name == "hbm-device"]
+
+
+def test_lmcachectl_check_sends_chunks_through_it(
+    cuda: FakeCuda, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = {"name": "hbm", "capacity": "4MiB", "backend": {"type": "gpu", "spare": 0}}
+    memory = {"name": "dram", "capacity": "64MiB", "backend": {"type": "cpu"}}
+    file = tmp_path / "lmcache.yaml"
+    file.write_text(json.dumps({"tiers": [gpu, memory]}))
+    assert cli.main(["check", str(file)]) == 0
+    hbm, dram = capsys.readouterr().out.splitlines()[2:4]
+    assert hbm.split()[:3] == ["hbm", "gpu", "ok"] and "8 slots of 512 KiB on GPU 0" in hbm and "ok" in dram
+    cuda.devices = 0
+    assert cli.main(["check", str(file)]) == 1
+    hbm, dram = capsys.readouterr().out.splitlines()[2:4]
+    assert "FAILED" in hbm and "the driver lists none" in hbm and "ok" in dram
 
 
 # -- host memory -------------------------------------------------------------------------------------------------

@@ -129,10 +129,11 @@ LMC_HD bool header_fits(const Header &h, Shape &shape, uint64_t tables, uint64_t
 }
 
 LMC_HD Header header_of(const Shape &shape, uint32_t level, uint32_t tile_tokens, uint32_t n_raw, uint32_t total,
-                        uint64_t tables) {
+                        uint64_t tables, uint64_t profile) {
     return {MAGIC, 1, static_cast<uint8_t>(shape.dtype), static_cast<uint8_t>(level), static_cast<uint8_t>(shape.planes),
             static_cast<uint16_t>(shape.layers), static_cast<uint16_t>(shape.tokens), shape.channels,
-            static_cast<uint16_t>(tile_tokens), static_cast<uint8_t>(n_raw), 0, total, tables, 0, 0, {0, 0, 0}, 0};
+            static_cast<uint16_t>(tile_tokens), static_cast<uint8_t>(n_raw), static_cast<uint8_t>(shape.aux != 0), total,
+            tables, profile, shape.aux, {0, 0, 0}, 0};
 }
 
 // Where a row begins and ends in a blob of `total` bytes; false where the row table cannot be.

@@ -16,8 +16,13 @@ struct Plan {
 };
 
 struct Encode {
-    int64_t chunks[MAX_BLOBS], outs[MAX_BLOBS];
-    Shape shape;
+    int64_t chunks[MAX_BLOBS], outs[MAX_BLOBS], plain[MAX_BLOBS];
+    uint64_t starts[MAX_BLOBS];
+    // `shape` and `chunks` are of what is quantised; with a profile components as float32. What is stored as it is has
+    // `stored` and `plain`.
+    Shape shape, stored;
+    lmc_codec_profile profile;  // number 0: none
+    float *components;
     uint64_t tables;
     int64_t *sizes;
     int32_t *raw_rows;
@@ -39,7 +44,7 @@ struct Encode {
 
 struct Place {
     uint32_t blob, row, at;  // at: of both
-    const uint8_t *elements;
+    const uint8_t *elements, *plain;
 };
 
 __device__ __forceinline__ Place place_of(const Encode &e, uint32_t index) {
@@ -48,6 +53,7 @@ __device__ __forceinline__ Place place_of(const Encode &e, uint32_t index) {
     p.row = split(index, e.rows);
     p.blob = index;
     p.elements = reinterpret_cast<const uint8_t *>(e.chunks[p.blob]) + uint64_t{p.row} * e.shape.row_bytes();
+    p.plain = reinterpret_cast<const uint8_t *>(e.plain[p.blob]) + uint64_t{p.row} * e.stored.row_bytes();
     return p;
 }
 
@@ -71,6 +77,77 @@ __device__ __forceinline__ void load_pair(const Encode &e, const uint8_t *row, u
     }
     for (uint32_t k = 0; k < 2; ++k) {
         if (c + k < e.shape.channels) bits[k] = element_at(at + k * item, item);
+    }
+}
+
+// A warp for a token: K without rotation and mean, V as it is, and its exponent. Tokens of a row that must stay raw
+// become NaN.
+__global__ void __launch_bounds__(BLOCK) straighten_kernel(const __grid_constant__ Encode e) {
+    uint32_t index = blockIdx.x * WARPS + threadIdx.x / LANES;
+    const uint32_t token = split(index, e.tokens), l = threadIdx.x % LANES;
+    if (index >= e.count * e.rows.d) return;
+    const Place p = place_of(e, index);
+    const uint32_t channels = e.shape.channels, dim = channels / e.profile.heads, item = e.stored.item();
+    float *const out = e.components + (uint64_t{p.at} * e.shape.tokens + token) * channels;
+    uint32_t most = 0;
+    for (uint32_t c = l; c < channels; c += LANES) {
+        const auto value = [&](uint32_t at) {
+            const uint8_t *from = p.plain + (uint64_t{token} * channels + c / dim * dim + at) * item;
+            return load_element(element_at(from, item), e.stored.dtype);
+        };
+        float x;
+        if (p.row % 2) {
+            x = value(c % dim);
+        } else {
+            x = turned_back(value, c % dim, e.profile.turns, e.profile.pairs, e.starts[p.blob] + token);
+            x -= e.profile.mean[p.row / 2 * channels + c];
+        }
+        out[c] = x;
+        most = max(most, bits_of(x) & 0x7fffffffu);
+    }
+    most = __reduce_max_sync(~0u, most);
+    int32_t exponent;
+    const bool good = token_exponent(most, e.stored.dtype == D_FP16 ? 13 : 60, exponent);
+    if (!good) {
+        for (uint32_t c = l; c < channels; c += LANES) out[c] = float_of(0x7fc00000u);
+    }
+    if (l == 0) e.exponents[p.at * e.shape.tokens + token] = good ? exponent : NOT_FINITE;
+}
+
+// A block for TURN_TOKENS tokens of a row's block of channels: its components, in place.
+constexpr uint32_t TURN_TOKENS = 16, MOST_BLOCK = 256;
+__global__ void __launch_bounds__(BLOCK) components_kernel(const __grid_constant__ Encode e) {
+    __shared__ uint32_t f[TURN_TOKENS][MOST_BLOCK / 2];
+    const Place p = place_of(e, blockIdx.y);
+    const uint32_t block = blockIdx.x % e.profile.blocks, first = blockIdx.x / e.profile.blocks * TURN_TOKENS;
+    const uint32_t width = e.profile.block, size = (width + GROUP - 1) / GROUP * GROUP, channels = e.shape.channels;
+    const uint32_t count = min(e.shape.tokens - first, TURN_TOKENS);
+    float *const x = e.components + (uint64_t{p.at} * e.shape.tokens + first) * channels + block * width;
+    const int32_t *const exponents = e.exponents + p.at * e.shape.tokens + first;
+    for (uint32_t i = threadIdx.x; i < TURN_TOKENS * size / 2; i += BLOCK) {
+        const uint32_t t = i / (size / 2), k = i % (size / 2);
+        uint32_t both = 0;
+        for (uint32_t j = 0; j < 2; ++j) {
+            if (t < count && exponents[t] != NOT_FINITE && 2 * k + j < width) {
+                both |= fixed_point(x[t * channels + 2 * k + j], exponents[t]) << 16 * j;
+            }
+        }
+        f[t][k] = both;
+    }
+    __syncthreads();
+    const auto *matrix = reinterpret_cast<const uint32_t *>(e.profile.there) + uint64_t{p.row * e.profile.blocks + block} * size * size / 2;
+    constexpr uint32_t EACH = 8;
+    for (uint32_t i = threadIdx.x; i < width * (TURN_TOKENS / EACH); i += BLOCK) {
+        const uint32_t c = i % width, t = i / width * EACH;
+        uint32_t sums[EACH] = {};
+        for (uint32_t k = 0; k < size / 2; ++k) {
+            const uint32_t m = __ldg(matrix + k * size + c);
+#pragma unroll
+            for (uint32_t j = 0; j < EACH; ++j) add_pair(sums[j], f[t + j][k], m);
+        }
+        for (uint32_t j = 0; j < EACH && t + j < count; ++j) {
+            if (exponents[t + j] != NOT_FINITE) x[(t + j) * channels + c] = component_of(sums[j], exponents[t + j]);
+        }
     }
 }
 
@@ -223,7 +300,8 @@ __global__ void __launch_bounds__(BLOCK) channels_kernel(const __grid_constant__
         Channel channel = {0, 0, 0};
         if (c + k < e.shape.channels) {
             channel = mode == EXACT ? exact_channel(DEVICE_MODELS, top[k], lowest[k], fields[k], n)
-                                    : quantised_channel(DEVICE_MODELS, sums[k], n, mode == ANCHORED, n > e.tile_tokens);
+                                    : quantised_channel(DEVICE_MODELS, sums[k], n, mode == ANCHORED, n > e.tile_tokens,
+                                                        e.profile.number ? MOST_COMPONENT : MOST_STEPS);
         }
         e.channels[p.at * e.groups.d * GROUP + c + k] = channel;
         if (channel.raw) e.plans[p.at].raw = 1;
@@ -338,14 +416,14 @@ __device__ uint32_t block_scan(uint32_t count, Get get, Put put) {
 __global__ void __launch_bounds__(BLOCK) rows_kernel(const __grid_constant__ Encode e) {
     const Place p = place_of(e, blockIdx.x);
     Plan &plan = e.plans[p.at];
-    const uint32_t plain = 16 + align16(e.shape.row_bytes()), n_raw = e.sinks[p.blob];
+    const uint32_t plain = 16 + align16(e.stored.row_bytes()), n_raw = e.sinks[p.blob];
     bool raw = plan.raw;
     uint32_t length = plain;
     if (!raw) {
         const uint32_t tiles = (e.shape.tokens - n_raw + e.tile_tokens - 1) / e.tile_tokens * e.groups.d;
         const uint32_t *const lengths = e.tile_bytes + p.at * e.each_tiles.d;
         uint32_t sections[4];
-        length = row_sections(e.shape, plan.mode, n_raw, tiles, sections);
+        length = row_sections(e.stored, plan.mode, n_raw, tiles, sections);
         length += block_scan(tiles, [&](uint32_t i) { return align16(lengths[i]); }, [](uint32_t, uint32_t) {});
         raw = length > plain;
     }
@@ -360,20 +438,23 @@ __global__ void __launch_bounds__(BLOCK) headers_kernel(const __grid_constant__ 
     auto *const out = reinterpret_cast<uint8_t *>(e.outs[blockIdx.x]);
     auto *const ends = reinterpret_cast<uint32_t *>(out + 64);
     Plan *const plans = e.plans + blockIdx.x * e.rows.d;
-    const uint32_t begin = e.shape.rows_at();
+    const uint32_t begin = e.stored.rows_at(), table_end = e.stored.table_end();
     const uint32_t total = begin + block_scan(
         e.rows.d, [&](uint32_t i) { return plans[i].length; },
         [&](uint32_t i, uint32_t before) {
             plans[i].start = begin + before;
             ends[i] = begin + before + plans[i].length;
         });
-    for (uint32_t i = e.rows.d + threadIdx.x; i < (begin - 64) / 4; i += BLOCK) ends[i] = 0;
+    for (uint32_t i = e.rows.d + threadIdx.x; i < (table_end - 64) / 4; i += BLOCK) ends[i] = 0;
+    if (e.stored.aux && threadIdx.x < 2) {
+        reinterpret_cast<uint64_t *>(out + table_end)[threadIdx.x] = threadIdx.x ? 0 : e.starts[blockIdx.x];
+    }
     uint64_t unasked = 0;
     for (uint32_t i = threadIdx.x; i < e.rows.d; i += BLOCK) unasked += plans[i].raw && e.modes[i] != RAW;
     unasked = block_sum(unasked);
     auto *const header = reinterpret_cast<Header *>(out);
     if (threadIdx.x == 0) {
-        *header = header_of(e.shape, e.level, e.tile_tokens, e.sinks[blockIdx.x], total, e.tables);
+        *header = header_of(e.stored, e.level, e.tile_tokens, e.sinks[blockIdx.x], total, e.tables, e.profile.number);
         e.sizes[blockIdx.x] = total;
         e.raw_rows[blockIdx.x] = static_cast<int32_t>(unasked);
     }
@@ -391,7 +472,7 @@ __device__ void pad(uint8_t *out, uint32_t from) {
 __global__ void __launch_bounds__(BLOCK) pack_kernel(const __grid_constant__ Encode e) {
     const Place p = place_of(e, blockIdx.x);
     const Plan plan = e.plans[p.at];
-    const Shape &shape = e.shape;
+    const Shape &shape = e.stored;
     uint8_t *const out = reinterpret_cast<uint8_t *>(e.outs[p.blob]) + plan.start;
     if (threadIdx.x == 0) {
         const bool raw = plan.raw;
@@ -400,7 +481,7 @@ __global__ void __launch_bounds__(BLOCK) pack_kernel(const __grid_constant__ Enc
                                                static_cast<int16_t>(raw ? 0 : plan.base), 0};
     }
     if (plan.raw) {
-        copy_bytes(out + 16, p.elements, shape.row_bytes(), threadIdx.x, BLOCK);
+        copy_bytes(out + 16, p.plain, shape.row_bytes(), threadIdx.x, BLOCK);
         pad(out, 16 + shape.row_bytes());
     } else {
         const uint32_t n_raw = e.sinks[p.blob], n = shape.tokens - n_raw, width = e.groups.d * GROUP;
@@ -408,7 +489,7 @@ __global__ void __launch_bounds__(BLOCK) pack_kernel(const __grid_constant__ Enc
         uint32_t at[4];
         const uint32_t first = row_sections(shape, plan.mode, n_raw, tiles, at);
         const uint32_t raw_bytes = n_raw * shape.channels * shape.item();
-        copy_bytes(out + at[0], p.elements, raw_bytes, threadIdx.x, BLOCK);
+        copy_bytes(out + at[0], p.plain, raw_bytes, threadIdx.x, BLOCK);
         pad(out, at[0] + raw_bytes);
         if (plan.mode == PER_TOKEN) {
             const int32_t *const codes = e.exponents + p.at * shape.tokens + n_raw;
@@ -453,6 +534,11 @@ template <int DTYPE>
 int64_t launch_encode(const Encode &e, cudaStream_t stream) {
     const uint64_t rows = uint64_t{e.count} * e.rows.d;
     LMC_TRY(cudaMemsetAsync(e.totals, 0, rows * sizeof(uint64_t), stream));
+    if (e.profile.number) {
+        straighten_kernel<<<blocks(rows * e.tokens.d), BLOCK, 0, stream>>>(e);
+        const uint32_t parts = (e.tokens.d + TURN_TOKENS - 1) / TURN_TOKENS * static_cast<uint32_t>(e.profile.blocks);
+        components_kernel<<<dim3(parts, static_cast<uint32_t>(rows)), BLOCK, 0, stream>>>(e);
+    }
     tokens_kernel<DTYPE><<<blocks(rows * e.tokens.d), BLOCK, 0, stream>>>(e);
     sinks_kernel<<<e.count, BLOCK, 0, stream>>>(e);
     totals_kernel<DTYPE><<<blocks(rows * e.groups.d), BLOCK, 0, stream>>>(e);
@@ -484,11 +570,20 @@ uint64_t lay_out(Encode &e, uint64_t scratch) {
     part(e.channels, rows * e.groups.d * GROUP);
     part(e.sinks, e.count);
     part(e.coded, rows * e.each_tiles.d * e.stride);
+    if (e.profile.number) part(e.components, tokens * e.shape.channels);
     return at - scratch;
 }
 
-Encode encode_of(const Shape &shape, int64_t count, int64_t tile_tokens) {
+Encode encode_of(const Shape &stored, int64_t count, const lmc_codec &codec) {
+    const int32_t tile_tokens = codec.tile_tokens;
     Encode e{};
+    Shape shape = stored;
+    e.stored = stored;
+    if (codec.profile) {
+        e.profile = *codec.profile;
+        e.stored.aux = AUX;
+        shape.dtype = D_FP32;
+    }
     e.shape = shape;
     e.count = static_cast<uint32_t>(count < MAX_BLOBS ? count : MAX_BLOBS);
     e.tile_tokens = static_cast<uint32_t>(tile_tokens);
@@ -523,7 +618,8 @@ int64_t lmc_cuda_codec_scratch(const lmc_codec *codec, int64_t count, int32_t en
         return static_cast<int64_t>(rows + steps_bytes(*codec, shape.rows(), count));
     }
     if (codec->tile_tokens < 1 || codec->tile_tokens > int32_t{MAX_TOKENS}) return -EINVAL;
-    Encode e = encode_of(shape, count, codec->tile_tokens);
+    if (codec->profile && !profile_fits(*codec)) return -EINVAL;
+    Encode e = encode_of(shape, count, *codec);
     return static_cast<int64_t>(lay_out(e, 0));
 }
 
@@ -540,8 +636,14 @@ int64_t lmc_cuda_codec_encode(int32_t device, const lmc_codec *codec, uint64_t t
     }
     for (int64_t i = 0; i < count; ++i) {
         if (chunks[i] % 16 || outs[i] % 16) return -EINVAL;
+        if (codec->profile && (codec->starts[i] < 0 || static_cast<uint64_t>(codec->starts[i]) > MOST_START)) return -EINVAL;
     }
-    Encode e = encode_of(shape, count, codec->tile_tokens);
+    // With a profile everything is components: the caller says how many tokens are sinks, and no row is lossless.
+    if (codec->profile && (!profile_fits(*codec) || codec->n_raw < 0)) return -EINVAL;
+    for (uint32_t i = 0; codec->profile && i < shape.rows(); ++i) {
+        if (codec->modes[i] == EXACT) return -EINVAL;
+    }
+    Encode e = encode_of(shape, count, *codec);
     const uint64_t most = e.tokens.d > e.each_tiles.d ? e.tokens.d : e.each_tiles.d;
     if (scratch % 256 || scratch_bytes < 0 || uint64_t{e.count} * e.rows.d * most >= uint64_t{1} << 31 ||
         lay_out(e, static_cast<uint64_t>(scratch)) > static_cast<uint64_t>(scratch_bytes)) {
@@ -560,12 +662,17 @@ int64_t lmc_cuda_codec_encode(int32_t device, const lmc_codec *codec, uint64_t t
     for (int64_t first = 0; first < count; first += MAX_BLOBS) {
         e.count = static_cast<uint32_t>(count - first < MAX_BLOBS ? count - first : MAX_BLOBS);
         for (uint32_t i = 0; i < e.count; ++i) {
-            e.chunks[i] = chunks[first + i];
+            e.plain[i] = chunks[first + i];
             e.outs[i] = outs[first + i];
+            e.chunks[i] = chunks[first + i];
+            if (codec->profile) {
+                e.starts[i] = static_cast<uint64_t>(codec->starts[first + i]);
+                e.chunks[i] = reinterpret_cast<int64_t>(e.components) + int64_t{i} * shape.rows() * e.shape.row_bytes();
+            }
         }
         e.sizes = reinterpret_cast<int64_t *>(sizes) + first;
         e.raw_rows = reinterpret_cast<int32_t *>(raw_rows) + first;
-        const int64_t bad = shape.dtype == D_BF16 ? launch_encode<D_BF16>(e, queue) : launch_encode<-1>(e, queue);
+        const int64_t bad = e.shape.dtype == D_BF16 ? launch_encode<D_BF16>(e, queue) : launch_encode<-1>(e, queue);
         if (bad) return bad;
     }
     return 0;

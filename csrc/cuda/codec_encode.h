@@ -102,8 +102,9 @@ struct Channel {
 LMC_HD int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 
 // `several`: the row has more than one range of tokens.
-LMC_HD Channel quantised_channel(const Models &models, const Sums &sums, uint32_t n, bool anchored, bool several) {
-    if (sums.low < -32767 || sums.high > 32767) return {0, 0, 1};
+LMC_HD Channel quantised_channel(const Models &models, const Sums &sums, uint32_t n, bool anchored, bool several,
+                                 int32_t most) {
+    if (sums.low < -most || sums.high > most) return {0, 0, 1};
     const int64_t twice = 2 * sums.q1 + n, whole = 2 * static_cast<int64_t>(n);
     const auto a = static_cast<int32_t>(!anchored ? 0 : twice >= 0 ? twice / whole : -((whole - 1 - twice) / whole));
     const int32_t reach = larger(sums.high - a, a - sums.low);

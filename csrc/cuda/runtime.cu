@@ -104,7 +104,9 @@ int64_t lmc_cuda_stream_destroy(uint64_t stream) { return failed(cudaStreamDestr
 int64_t lmc_cuda_event_create(int32_t device, uint64_t *out) {
     const OnDevice on(device);
     if (on.error) return on.error;
-    return failed(cudaEventCreateWithFlags(reinterpret_cast<cudaEvent_t *>(out), cudaEventDisableTiming));
+    // Who waits for it sleeps: a thread of ours waits for copies, and must not take a core from the engine.
+    const unsigned flags = cudaEventDisableTiming | cudaEventBlockingSync;
+    return failed(cudaEventCreateWithFlags(reinterpret_cast<cudaEvent_t *>(out), flags));
 }
 int64_t lmc_cuda_event_destroy(uint64_t event) { return failed(cudaEventDestroy(event_of(event))); }
 int64_t lmc_cuda_record(uint64_t event, uint64_t stream) {

@@ -6,6 +6,7 @@
 namespace lmc_cuda {
 
 constexpr uint64_t MOST_START = (uint64_t{1} << 48) - 1;
+constexpr int32_t MOST_STEPS = 32767, MOST_COMPONENT = 8191;  // of a quantised value; of a component
 constexpr int32_t FIXED_BITS = 12, UNIT_BITS = 13, LEAST_EXPONENT = -60;
 
 // Cosine and sine of the angle of a token: `turns` is 2^64 times the turns that one token adds.
@@ -47,6 +48,25 @@ LMC_HD void add_pair(uint32_t &sum, uint32_t q, uint32_t m) {
     const auto low = static_cast<int32_t>(static_cast<int16_t>(q)) * static_cast<int32_t>(static_cast<int16_t>(m));
     const auto high = (static_cast<int32_t>(q) >> 16) * (static_cast<int32_t>(m) >> 16);
     sum += static_cast<uint32_t>(low) + static_cast<uint32_t>(high);
+}
+
+// K, channel `at` of a head whose values x gives, without its rotation.
+template <typename Values>
+LMC_HD float turned_back(const Values &x, uint32_t at, const uint64_t *turns, uint32_t pairs, uint64_t position) {
+    if (at >= 2 * pairs) return x(at);
+    const uint32_t pair = at % pairs;
+    float a = x(pair), b = x(pair + pairs), cosine, sine;
+    angle_of(turns[pair], position, cosine, sine);
+    turn(a, b, cosine, -sine);
+    return at < pairs ? a : b;
+}
+
+// A value in fixed point, and a component from a sum of products of such.
+LMC_HD uint32_t fixed_point(float x, int32_t exponent) {
+    return static_cast<uint32_t>(rint_small(x * two_to(FIXED_BITS - exponent))) & 0xffff;
+}
+LMC_HD float component_of(uint32_t sum, int32_t exponent) {
+    return static_cast<float>(static_cast<int32_t>(sum)) * two_to(exponent - FIXED_BITS - UNIT_BITS);
 }
 
 // A value without its mean and rotation, of such a sum. `step`: as bits.

@@ -82,7 +82,7 @@ def synchronize(device: torch.device) -> None:
 
 def is_gpu(device: torch.device, number: int) -> bool:
     """Whether it is the CUDA device of that number."""
-    return device == torch.device("cuda", number)
+    return bool(device == torch.device("cuda", number))
 
 
 def stream_of(device: torch.device) -> int:

@@ -42,8 +42,8 @@ SHUTDOWN_S = 10.0
 class _Request:
     """What is held for one request."""
 
-    wanted: list[OffloadKey] = field(default_factory=list)
-    """To be fetched at the end of this step."""
+    wanted: dict[OffloadKey, None] = field(default_factory=dict)
+    """To be fetched at the end of this step, in this order."""
     waiting: dict[OffloadKey, Transfer] = field(default_factory=dict)
     held: dict[OffloadKey, tuple[Lease, int]] = field(default_factory=dict)
     """Hits: verified and pinned. A lease may hold several of them, each by its index."""
@@ -98,14 +98,15 @@ class Manager(OffloadingManager):
             return LookupResult.HIT_PENDING
         (name,) = self.store.keys([key])
         if name in self.pipeline.slots.index:
-            request.waiting[key] = self.pipeline.fetch([name])
-            self._settle(request, request.waiting[key])
+            request.waiting[key] = transfer = self.pipeline.fetch([name])
+            if not transfer.done:  # evicted meanwhile
+                return LookupResult.HIT_PENDING
+            self._settle(request, transfer)
             return LookupResult.HIT if key in request.held else LookupResult.MISS
         found = self.store.known(key)
         if found is False:
             return LookupResult.MISS
-        if key not in request.wanted:
-            request.wanted.append(key)
+        request.wanted[key] = None
         return LookupResult.HIT_PENDING if found else LookupResult.RETRY
 
     def _settle(self, request: _Request, transfer: Transfer) -> None:
@@ -132,7 +133,7 @@ class Manager(OffloadingManager):
                 keys = list(group)
                 transfer = self.pipeline.fetch(self.store.keys(keys))
                 request.waiting.update(dict.fromkeys(keys, transfer))
-            request.wanted = []
+            request.wanted = {}
             if request.held and not request.waiting:
                 request.let_go()
 
@@ -212,7 +213,7 @@ class Manager(OffloadingManager):
     def _forget(self, request: _Request) -> None:
         for transfer in set(request.waiting.values()):
             transfer.cancel()
-        request.waiting, request.wanted, request.missed = {}, [], set()
+        request.waiting, request.wanted, request.missed = {}, {}, set()
         request.let_go()
 
     # -- what others hear ------------------------------------------------------------------------------------

@@ -183,8 +183,8 @@ class Handle:
         self.geometry = geometry
         if pipeline.mirror is not None and not is_gpu(geometry.device, pipeline.mirror.device):
             raise Unsupported(
-                f"tier {pipeline.mirror.name} is on GPU {pipeline.mirror.device}, the model on {geometry.device}: set the "
-                "backend's `device`, move the model, or remove the tier"
+                f"tier {pipeline.mirror.name} is on GPU {pipeline.mirror.device}, the model on {geometry.device}: "
+                "set the backend's `device`, move the model, or remove the tier"
             )
         self.mover = Mover(geometry, pipeline.layout, pipeline.mirror)
         self.tenant = tenant

@@ -85,10 +85,13 @@ class Rows:
 class _Request:
     """What is known of one request's keys."""
 
-    asking: list[OffloadKey] = field(default_factory=list)
+    asking: dict[OffloadKey, None] = field(default_factory=dict)
     """To be asked for at the end of this step, from a medium that cannot answer at once."""
+    asked: set[OffloadKey] = field(default_factory=set)
+    """Not answered yet."""
     hits: list[tuple[list[OffloadKey], Hit]] = field(default_factory=list)
-    """Asked, in this order."""
+    """The same by question; `looked` says whether this step has seen what was answered."""
+    looked: bool = False
     found: dict[OffloadKey, bool] = field(default_factory=dict)
     """What media answered. What could not be loaded is not found either: it would be tried again for ever."""
 
@@ -155,24 +158,26 @@ class LMCacheCoreTier(SecondaryTierManager):
         if store is None:
             return LookupResult.MISS
         request = self._requests.setdefault(req_context.req_id, _Request())
-        if key not in request.found:
+        if request.asked and not request.looked:
             self._answered(request)
         found = request.found.get(key)
         if found is None:
-            if key in request.asking or any(key in keys for keys, _ in request.hits):
+            if key in request.asked:
                 return LookupResult.RETRY
             found = store.known(key)
             if found is None:
-                request.asking.append(key)
+                request.asking[key] = None
                 return LookupResult.RETRY
         return LookupResult.HIT if found else LookupResult.MISS
 
     def _answered(self, request: _Request) -> None:
         """Take in what media have answered."""
+        request.looked = True
         waiting = []
         for keys, hit in request.hits:
             if hit.wait(0):
                 request.found.update({key: i < hit.count for i, key in enumerate(keys)})
+                request.asked.difference_update(keys)
             else:
                 waiting.append((keys, hit))
         request.hits = waiting
@@ -180,12 +185,14 @@ class LMCacheCoreTier(SecondaryTierManager):
     def on_schedule_end(self, context: Any) -> None:
         """Ask for what the step's lookups left open, a request's keys at once."""
         for request in self._requests.values():
+            request.looked = False
             if request.asking and self._store is not None:
                 # A lookup is cut at its first gap, and a gap in one KV group says nothing of the others.
                 for _, group in groupby(request.asking, get_offload_group_idx):
                     keys = list(group)
                     request.hits.append((keys, self._store.pipeline.lookup(self._store.keys(keys))))
-                request.asking = []
+                request.asked.update(request.asking)
+                request.asking = {}
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """Every new block is offered once."""
@@ -254,8 +261,7 @@ class LMCacheCoreTier(SecondaryTierManager):
         """Wait for every job. vLLM calls this to reset its cache, as after a change of the weights that their files do
         not show: what is stored from now on is kept apart from what was stored before."""
         wait(self._running)
-        for request in self._requests.values():
-            request.asking, request.hits, request.found = [], [], {}
+        self._requests = {name: _Request() for name in self._requests}
         if self._store is not None:
             self._store.renew(uuid.uuid4().hex)
 

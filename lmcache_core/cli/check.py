@@ -20,8 +20,10 @@ from lmcache_core.cli.console import OK, PROBLEM, add_json, emit, table, warn, w
 from lmcache_core.cli.layouts import add_model, of_model
 from lmcache_core.config import PipelineConfig, TierConfig, load
 from lmcache_core.errors import ConfigError
+from lmcache_core.gpu import Event, Stream, copy_batch
 from lmcache_core.hookspecs import hookimpl
 from lmcache_core.layout import KVLayout
+from lmcache_core.mirror import Mirror
 from lmcache_core.pipeline import Pipeline
 from lmcache_core.plugins import Plugins
 from lmcache_core.protocols import BackendConfig, BuildContext, MemoryBackend, SerdeContext, StorageBackend
@@ -187,6 +189,8 @@ class _Check:
             return self._one_by_one(pipeline), 0
         opened = _open_files() - before
         rows = [_try_memory(memory, pipeline)]
+        if self._config.device_tier is not None and pipeline.mirror is not None:
+            rows.insert(0, _try_device(self._config.device_tier, pipeline.mirror, pipeline))
         rows += [self._try(tier, pipeline.tiers[i], pipeline) for i, tier in enumerate(storage)]
         self._close(pipeline)
         return rows, opened
@@ -235,7 +239,9 @@ class _Check:
             rows.append(self._try(tier, pipeline.tiers[0], pipeline))
             self._close(pipeline)
         if all(row.ok for row in rows):
-            # Every tier works alone; together they do not fit.
+            # Every tier works alone; together they do not fit, or it is the GPU tier, which is nothing alone.
+            if config.device_tier is not None:
+                return [_failed(config.device_tier, _reason(whole)), *rows]
             rows[0] = _failed(memory, _reason(whole))
         return rows
 
@@ -289,6 +295,28 @@ def _try_memory(tier: TierConfig, pipeline: Pipeline) -> Row:
         return _failed(tier, "bytes read back differ from the bytes written")
     detail = f"{pipeline.slots.count} slots of {format_bytes(pipeline.slots.slot_bytes)}"
     return Row(tier.name, tier.backend.type, True, detail, middle - start, end - middle, sum(map(len, data)))
+
+
+def _try_device(tier: TierConfig, mirror: Mirror, pipeline: Pipeline) -> Row:
+    data = [np.frombuffer(chunk, np.uint8) for chunk in _random(pipeline)]
+    back = [np.zeros_like(chunk) for chunk in data]
+    lengths = np.array([chunk.size for chunk in data])
+    theirs, ours = (np.array([array.ctypes.data for array in side]) for side in (data, back))
+    stream, done = Stream(mirror.device), Event(mirror.device)
+    with pipeline.reserve(_keys(len(data))) as room:
+        at = room.on_device(stream.handle)
+        ends = [perf_counter()]
+        for to, source in ((at, theirs), (ours, at)):
+            copy_batch(to, source, lengths, stream.handle, mirror.device)
+            done.record(stream.handle)
+            done.synchronize()
+            ends.append(perf_counter())
+    done.close()
+    stream.close()
+    if not all(map(np.array_equal, data, back)):
+        return _failed(tier, "bytes read back differ from the bytes written")
+    detail = f"{mirror.count} slots of {format_bytes(mirror.place_bytes)} on GPU {mirror.device}"
+    return Row(tier.name, tier.backend.type, True, detail, ends[1] - ends[0], ends[2] - ends[1], int(lengths.sum()))
 
 
 def _round_trip(tier: TierConfig, storage: StorageTier, pipeline: Pipeline) -> Row:

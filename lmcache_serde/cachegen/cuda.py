@@ -72,8 +72,13 @@ def encode(
     raw_rows: int,
     stream: int,
     device: int = 0,
+    profile: tuple[Profile, int] | None = None,
+    starts: Integers = (),
 ) -> None:
     """Queue the encoding of the chunks at addresses `chunks` into room of `shape.bound` bytes each at `outs`.
+
+    With a profile and the address of its image (`AUX` bytes more for each blob), the chunks begin at positions
+    `starts`, all of them known; `coding` then has no lossless row and says how many tokens are sinks.
 
     `scratch` is address and length. `sizes` (int64) and `raw_rows` (int32) are addresses of `[count]` results: bytes of
     each blob, and rows that are stored as they are although `coding` wanted to code them.
@@ -81,6 +86,12 @@ def encode(
     coding = coding.checked(shape)
     sources, targets = _vectors(chunks, outs)
     codec = described(shape, coding)
+    positions = np.ascontiguousarray(starts, np.int64)
+    if profile is not None:
+        _lend(codec, *profile)
+        if positions.shape != sources.shape:
+            raise ValueError(f"{positions.size} starts for {sources.size} chunks")
+        codec.starts = _native.address_of(positions)
     at = (_native.address_of(sources), _native.address_of(targets), sources.size)
     _cuda.call("codec_encode", device, ctypes.byref(codec), TABLES.id, *at, *scratch, sizes, raw_rows, stream)
 

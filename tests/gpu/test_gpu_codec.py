@@ -11,7 +11,7 @@ from cuda_cases import CASES, Case
 from test_cuda_codec import resealed
 
 from lmcache_serde.cachegen import cuda, reference
-from lmcache_serde.cachegen.format import CodecError, parse
+from lmcache_serde.cachegen.format import AUTO, AUX, LOSSLESS, CodecError, parse
 from lmcache_serde.cachegen.profile import Profile
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda.why_not()), reason=cuda.why_not())]
@@ -38,16 +38,25 @@ class Codec:
     def stream(self) -> int:
         return int(self.torch.cuda.current_stream().cuda_stream)
 
-    def encode(self, chunks: list[np.ndarray]) -> tuple[list[np.ndarray], list[int]]:
-        count, room = len(chunks), (self.shape.bound + 15) // 16 * 16
+    def _lend(self, profile: Profile | None) -> tuple[Profile, int] | None:
+        if profile is None:
+            return None
+        self._image = self.torch.from_numpy(cuda.profile_image(profile)).cuda()
+        return profile, self._image.data_ptr()
+
+    def encode(
+        self, chunks: list[np.ndarray], profile: Profile | None = None, starts: tuple[int, ...] = ()
+    ) -> tuple[list[np.ndarray], list[int]]:
+        count, room = len(chunks), (self.shape.bound + AUX + 15) // 16 * 16
         _source, sources = self._rows(chunks, (self.shape.nbytes + 15) // 16 * 16)
         out = self._room(count * room)
         sizes = self.torch.zeros(count, dtype=self.torch.int64).pin_memory()
         raw = self.torch.zeros(count, dtype=self.torch.int32).pin_memory()
-        scratch = self._room(cuda.scratch_bytes(self.shape, count, self.case.coding))
+        scratch = self._room(cuda.scratch_bytes(self.shape, count, self.case.coding, profile))
         outs = out.data_ptr() + np.arange(count) * room
         given = (scratch.data_ptr(), scratch.numel()), sizes.data_ptr(), raw.data_ptr(), self.stream
-        cuda.encode(self.shape, self.case.coding, sources, outs, *given)
+        lent = self._lend(profile)
+        cuda.encode(self.shape, self.case.coding, sources, outs, *given, profile=lent, starts=starts)
         self.torch.cuda.synchronize()
         blobs = out.cpu().numpy().reshape(count, room)
         assert all((blob[size:] == 0xEE).all() for blob, size in zip(blobs, sizes.tolist(), strict=True))
@@ -63,13 +72,9 @@ class Codec:
         out = self._room(len(blobs) * room)
         status = self.torch.full((len(blobs),), 77, dtype=self.torch.int32, device="cuda")
         scratch = self._room(cuda.scratch_bytes(self.shape, len(blobs), profile=profile))
-        lent = None
-        if profile is not None:
-            image = self.torch.from_numpy(cuda.profile_image(profile)).cuda()
-            lent = (profile, image.data_ptr())
         outs = out.data_ptr() + np.arange(len(blobs)) * room
         given = [blob.size for blob in blobs], outs, (scratch.data_ptr(), scratch.numel()), status.data_ptr()
-        cuda.decode(self.shape, sources, *given, self.stream, profile=lent, **options)
+        cuda.decode(self.shape, sources, *given, self.stream, profile=self._lend(profile), **options)
         self.torch.cuda.synchronize()
         return out.cpu().numpy().reshape(len(blobs), room)[:, :nbytes], status.tolist()
 
@@ -131,12 +136,15 @@ def test_damage_is_refused_where_the_reference_refuses_it(name: str) -> None:
             assert wrong == 0 and np.array_equal(chunk, right)
 
 
-def test_transformed_blobs_are_decoded_as_the_reference_does() -> None:
+def test_transformed_chunks_are_coded_as_the_reference_does() -> None:
     rng = np.random.default_rng(2)
     for _ in range(12):
         shape, how, data, profile, start = any_turned(rng)
         codec = Codec(Case(shape, how))
         blob = reference.encode(shape, how, data, profile, start)
+        if how.n_raw != AUTO and LOSSLESS not in how.modes:
+            coded, _ = codec.encode([data, data], profile, (start, start))
+            assert all(np.array_equal(one, blob) for one in coded)
         blobs = [blob, reference.encode(shape, how, data), *(tampered(rng, blob, shape, profile) for _ in range(6))]
         decoded, status = codec.decode(blobs, profile=profile)
         for one, chunk, wrong in zip(blobs, decoded, status, strict=True):
