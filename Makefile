@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 # The wheel of your platform's default. For the CPU-only wheel elsewhere: make TORCH="torch==2.13.0+cpu" with your index.
 TORCH  ?= torch==2.13.0
-# `cpu`: the adapter takes CPU pages only for now (docs/vllm.md). `cuda` installs the CUDA wheel; vLLM then runs uncached.
+# `cuda` installs the CUDA wheel: the adapter takes pages on GPUs too, which no GPU has run yet (docs/vllm.md).
 VLLM   ?= cpu
 VLLM_VERSION := 0.32.0
 # Programs the disk tests and benchmarks use; without them those tests skip and say so.

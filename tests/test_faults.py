@@ -534,3 +534,22 @@ def test_promotion_is_the_choice_of_the_tier_that_served(
     assert pipeline.stats()["tiers"]["near"]["objects"] == (3 if promote else 0)
     assert served(pipeline, keys[:3]) == 3
     pipeline.prefetch(keys[:3])
+
+
+@pytest.mark.parametrize("scannable", [True, False])
+def test_a_discard_that_could_not_delete_says_so(
+    pipelines: BuildPipeline, keys: list[ChunkKey], scannable: bool
+) -> None:
+    injector = FaultInjector({"store": Rates()})
+    backend = DictConfig(scannable=scannable)
+    pipeline = pipelines(tier(lane=PATIENT, backend=backend), injector=injector)
+    names = keys[:2]
+    store(pipeline, names)
+    settle(pipeline)
+    injector["store"].fail["delete"] = OSError(30, "Read-only file system")
+    with pytest.raises(BackendError, match="may be served again: store"):
+        pipeline.discard(names)
+    assert len(backend.objects) == 2 and served(pipeline, names) == 0
+    injector["store"].fail.clear()
+    pipeline.discard(names)
+    assert not backend.objects

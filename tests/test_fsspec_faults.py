@@ -124,8 +124,7 @@ def test_reads(
     name: str, verb: str, configure: Configure, server: FakeS3, pipelines: BuildPipeline, keys: list[ChunkKey]
 ) -> None:
     pipeline = pipelines(tier(backend=configure(server), lane=LANE))
-    store(pipeline, keys[:4])
-    settle(pipeline)
+    until_served(pipeline, keys[:4])
     assert len(server.objects) == 4
     pipeline.clear("dram")
     fault, harmless = READS[name]

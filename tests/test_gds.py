@@ -862,6 +862,41 @@ def test_the_nth_system_call_fails(tmp_path: Path, mode: str, sticky: bool) -> N
     assert happened == set(names)
 
 
+def test_bad_blocks_are_given_up_at_the_second_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the object would stay in the index, fail every read, and never be stored anew."""
+    backend = build(tmp_path / "kv", CAPACITY, OBJECT)
+    put(backend, 1, 2)
+    real, bad = _native.pread_batch, [0]
+
+    def pread(fds: Any, offsets: Any, addresses: Any, lengths: Any) -> Any:
+        done = real(fds, offsets, addresses, lengths)
+        done[[offset == bad[0] for offset in offsets]] = -errno.EIO
+        return done
+
+    monkeypatch.setattr(_native, "pread_batch", pread)
+    bad[0] = PAGE  # the first slot
+    buffers = [aligned(SLOT), aligned(SLOT)]
+    keys = [key_of(1), key_of(2)]
+    found = [backend.get_into(keys, buffers) for _ in range(2)]
+    failed = [[type(got) for got in results] for results in found]
+    assert set(failed[0]) == {OSError, int}, found[0]
+    at = failed[0].index(OSError)
+    assert failed[1][at] is CorruptChunk, found[1]
+    backend.delete([keys[at]])  # what the core does with it
+    bad[0] = -1
+    assert put(backend, at + 1, version=2) == [None]
+    assert read_version(backend, at + 1, aligned(SLOT)) == 2
+
+    # A failure that goes away costs nothing.
+    bad[0] = PAGE
+    backend.get_into(keys, buffers)
+    bad[0] = -1
+    assert all(isinstance(got, int) for got in backend.get_into(keys, buffers))
+    bad[0] = PAGE
+    assert CorruptChunk not in [type(got) for got in backend.get_into(keys, buffers)]
+    backend.close()
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EMFILE])
 def test_the_nth_system_call_of_the_start_fails(tmp_path: Path, mode: str, code: int) -> None:
     path = tmp_path / "kv"

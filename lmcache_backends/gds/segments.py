@@ -111,10 +111,15 @@ class SegmentVolume:
         for (i, entry), got in zip(reads, done, strict=True):
             if got >= entry.nbytes:
                 results[i] = entry.nbytes
+                entry.unread = False
             elif got >= 0:
                 results[i] = CorruptChunk(MissReason.CORRUPT, f"{entry.segment.name} ends inside the object")
+            elif got == -errno.EIO and entry.unread:
+                # Bad blocks: kept, it would fail every request for its prefix, and never be stored anew.
+                results[i] = CorruptChunk(MissReason.CORRUPT, f"{entry.segment.name} cannot be read, twice in a row")
             else:
                 results[i] = transfer.failure(got, entry.segment.name)
+                entry.unread = got == -errno.EIO
         return results
 
     def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:

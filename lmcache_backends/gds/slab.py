@@ -57,6 +57,8 @@ class Entry:
     readers: int = 0
     gone: bool = False
     """Deleted; the slot is free once the last reader has left."""
+    unread: bool = False
+    """The medium failed to read it when it was last asked for."""
 
 
 class Slab:

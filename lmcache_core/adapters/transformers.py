@@ -187,6 +187,8 @@ class Handle:
                 "set the backend's `device`, move the model, or remove the tier"
             )
         self.mover = Mover(geometry, pipeline.layout, pipeline.mirror)
+        if pipeline.mirror is not None and not self.mover.paged:
+            raise Unsupported(f"tier {pipeline.mirror.name}: K and V of this model differ in size; remove the tier")
         self.tenant = tenant
         """Whose the next calls are, where the configuration has `tenancy`; without one they are not cached."""
         self.last = Call()

@@ -164,6 +164,14 @@ def test_a_gpu_tier_is_for_the_model_s_own_gpu() -> None:
         attach(model, settings)
 
 
+def test_a_gpu_tier_is_refused_where_it_would_not_be_used(on_gpu: FakeCuda) -> None:
+    model = tiny("DeepseekV3", **ARCHITECTURES["DeepseekV3"])
+    settings = config()
+    settings["tiers"].insert(0, {"name": "hbm", "capacity": "1MiB", "backend": {"type": "gpu", "spare": 0}})
+    with pytest.raises(Unsupported, match="K and V of this model differ in size"):
+        attach(model, settings)
+
+
 @pytest.mark.parametrize("save_paged", [True, False])
 @pytest.mark.parametrize("load_paged", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
