@@ -349,12 +349,16 @@ def ttft(done: Done, shape: str, lengths: list[int], repeat: int, device: str) -
 
     size = SHAPES[shape]
     chunk = 256 * 2 * 2 * size["num_hidden_layers"] * size["num_key_value_heads"] * size["head_dim"]
-    room = (max(lengths) // 256 + 4) * (chunk + 8192)
+    hbm = (max(lengths) // 256 + 4) * chunk
+    room = 3 * hbm // 2 + (64 << 20)  # the media take some of it for buffers
     names = ["hbm", "dram", "disk"][0 if on_gpu else 1 :]
     with tempfile.TemporaryDirectory(prefix="lmcache-ttft-") as directory:
         backends = {"hbm": {"type": "gpu"}, "dram": {"type": "cpu"}, "disk": {"type": "gds", "path": f"{directory}/kv"}}
-        lane = {"deadline": "60s"}
-        tiers = [{"name": n, "capacity": room, "backend": backends[n], "lane": lane} for n in names]
+        tiers: list[Result] = [{"name": n, "capacity": room, "backend": backends[n]} for n in names]
+        # Written back, so that a prompt larger than a queue reaches the disk whole.
+        tiers[-1] |= {"write": "back", "lane": {"deadline": "60s"}}
+        if on_gpu:
+            tiers[0]["capacity"] = hbm
         rows: list[Result] = []
         with attach(model, {"chunk_tokens": 256, "tiers": tiers}) as handle:
             generate(torch.randint(3, 1000, (1, 300), device=device))

@@ -105,6 +105,17 @@ def test_every_instruction_set_transforms_as_the_reference(every_set: list[str])
     assert turned > 10
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("mode", [ANCHORED, PER_TOKEN, LOSSLESS])
+def test_any_number_of_tiles_side_by_side_is_decoded_alike(simd: str, groups: int, mode: int) -> None:
+    rng = np.random.default_rng(12)
+    for missing, dtype in ((0, "bfloat16"), (5, "bfloat16"), (0, "float16")):
+        shape = Shape(dtype, 1, 1, 65, 64 * groups - missing)
+        blob, _ = encode(shape, coding(shape, (mode,), tile_tokens=32, n_raw=missing % 2), chunk(rng, shape, "plain"))
+        assert blob[int(parse(blob, shape).starts[0]) + 10] == mode
+        assert np.array_equal(decode(shape, blob), reference.decode(shape, blob))
+
+
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("kind", KINDS)
 def test_lossless_is_exact_and_never_larger_than_its_bound(dtype: str, kind: str) -> None:

@@ -58,11 +58,11 @@ and
                            shares anything: it only saves; median over the rounds
 
 method:
-  All servers are started first and idle while others work: in each round every system serves the same prompts once, in
-  rotating order. Every round has texts of its own. At most --concurrency requests are in flight, the next one begins
-  when one has been answered. The engine's own prefix cache is on for every system, and as large as --kv-cache says;
-  by default it holds the requests in flight and not the working set. Every connector has the same host memory, --store.
-  Answers are greedy and their token ids are compared with those of vLLM alone.
+  All servers are started first (some 3 GiB each with the small model) and idle while others work: in each round every
+  system serves the same prompts once, in rotating order. Every round has texts of its own. A fixed number of requests
+  is in flight, the next one begins when one has been answered. The engine's own prefix cache is on for every system,
+  and as large as --kv-cache says; by default it holds the requests in flight and not the working set. Every connector
+  has the same host memory, --store. Answers are greedy and their token ids are compared with those of vLLM alone.
 """
 
 
@@ -89,7 +89,9 @@ def register(kinds: Any) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: minutes on two idle cores")
     parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds of the workload")
     parser.add_argument("--kv-cache", type=_positive, metavar="TOKENS", help="what the engine's own KV cache holds")
-    parser.add_argument("--store", type=parse_bytes, default="2GiB", metavar="SIZE", help="default: %(default)s")
+    parser.add_argument(
+        "--store", type=parse_bytes, metavar="SIZE", help="host memory of a connector (default: 2GiB, --quick: 1GiB)"
+    )
     parser.add_argument("--model", metavar="PATH|REPO", help="default: a small model, fetched once (lmcachectl model)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--path", type=Path, metavar="DIR", help="for logs and configurations while it runs")
@@ -136,8 +138,9 @@ def run(args: argparse.Namespace) -> int:
     kv_cache = round_up(args.kv_cache or scale.concurrency * round_up(longest, BLOCK_TOKENS), BLOCK_TOKENS)
     if kv_cache < longest:
         raise LMCacheError(f"--kv-cache {args.kv_cache}: one request alone has {longest} tokens")
+    store = args.store or (1 if args.quick else 2) << 30
     with work_directory(args.path) as directory:
-        setting = Setting(model, args.dtype, longest, kv_cache, args.store, directory, args.peer_python)
+        setting = Setting(model, args.dtype, longest, kv_cache, store, directory, args.peer_python)
         result = measure(args.against, args.shape, works, unique, setting, report)
     result |= {
         "shape": args.shape,
@@ -145,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
         "dtype": args.dtype,
         "working_set_tokens": works[0].working_set(),
         "kv_cache_tokens": kv_cache,
-        "store_bytes": args.store,
+        "store_bytes": store,
         "scale": asdict(scale),
         "quick": args.quick,
         "machine": describe_machine(),
