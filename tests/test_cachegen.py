@@ -250,6 +250,18 @@ def test_the_transform_undoes_itself_at_any_position(profile: Path, start: int) 
         assert (np.abs(components - moved).max() > 0.1) == (row % 2 == 0)
 
 
+def test_rows_that_a_level_cannot_hold_are_counted() -> None:
+    noise = np.random.default_rng(1).integers(0, 256, LAYOUT.chunk_bytes, np.uint8).tobytes()
+    ladder = CacheGenConfig(level="adaptive").build(context(LAYOUT))
+    assert isinstance(ladder, Ladder)
+    blob = encode(serde(), noise)
+    assert decode(serde(), blob) == noise
+    last = ladder.rungs[-1]
+    assert isinstance(last, CacheGen) and ladder.stats()[last.codec] == {"refused_rows": 0}
+    encode(last, noise)
+    assert ladder.stats()[last.codec] == {"refused_rows": 4}
+
+
 def test_a_damaged_blob_is_corrupt() -> None:
     blob = bytearray(encode(serde(), kv_like(context(LAYOUT))))
     for at in range(0, len(blob), 61):

@@ -323,7 +323,8 @@ def _page(layout_name: str, shape: Sequence[int], strides: Sequence[int], item: 
             raise Unsupported(f"strides {tuple(strides)} of shape {tuple(shape)} are not of the layout {layout_name}")
         beyond = strides[axis] * shape[axis]
     inner = [axis for axis in nested if axis != 0]
-    run, inside, dims = item, item, []
+    run = inside = item
+    dims: list[Dim] = []
     for axis in reversed(inner):
         step = strides[axis] * item
         if shape[axis] > 1 and (dims or step != run):

@@ -5,7 +5,6 @@ Checked against vLLM 0.32. The framework is experimental: what it looked like be
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -176,7 +175,7 @@ def differences() -> list[str]:
         abstract: frozenset[str] = getattr(kind, "__abstractmethods__", frozenset())
         wrong += [f"{kind.__name__}.{name} is a new abstract method" for name in abstract - methods.keys()]
     for kind, names in _FIELDS.items():
-        fields = {field.name for field in dataclasses.fields(kind)}
+        fields = inspect.signature(kind).parameters
         wrong += [f"{kind.__name__}.{name} is missing" for name in names if name not in fields]
     return wrong
 

@@ -312,7 +312,9 @@ def _offload(model: Path, work: Path, *, long: bool) -> dict[str, Any]:
     from lmcache_core.errors import Unsupported
 
     try:
-        import lmcache_core.adapters.vllm_offload  # noqa: F401
+        from lmcache_core.adapters.vllm_offload import compat
+
+        compat.check_api()
     except Unsupported as error:
         return {"refused": str(error)}
     return {face: vllm_offload_lifetimes.run(face, model, work, engine, damage, long=long) for face in ("tier", "spec")}

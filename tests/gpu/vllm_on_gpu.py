@@ -21,8 +21,8 @@ CHUNK = 256
 
 def lifetime(work: Path, model: Path, prompts: list[list[int]], rounds: int, **settings: Any) -> list[dict[str, Any]]:
     """Answers to the prompts in each round, and how many tokens of the first were loaded."""
-    import torch
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     tiers = [
         {"name": "dram", "capacity": "1GiB", "backend": {"type": "cpu"}},
@@ -48,13 +48,14 @@ def lifetime(work: Path, model: Path, prompts: list[list[int]], rounds: int, **s
     sampling = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True, detokenize=False)
     found = []
     for _ in range(max(1, rounds)):
-        answers = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+        # One by one, so that each is computed alone, in the same pieces whatever was loaded when.
+        answers = [llm.generate([{"prompt_token_ids": own}], sampling, use_tqdm=False)[0] for own in prompts]
         tokens = [list(answer.outputs[0].token_ids) for answer in answers]
         found.append({"tokens": tokens, "loaded": answers[0].num_cached_tokens or 0})
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
-    torch.cuda.empty_cache()
+    cleanup_dist_env_and_memory()
     return found
 
 
