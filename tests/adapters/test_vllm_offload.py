@@ -159,10 +159,10 @@ class Tiered:
 
     def __init__(self, config: Any, rows: int = 8, **settings: Any) -> None:
         self.region = Region(rows)
-        primary = CPUPrimaryTierOffloadingManager(rows, self.region)  # type: ignore[arg-type]
+        primary = CPUPrimaryTierOffloadingManager(rows, self.region)
         given = SimpleNamespace(config=offloading_config(), blocks_per_chunk=1)
         self.tier = LMCacheCoreTier(
-            offloading_spec=given,  # type: ignore[arg-type]
+            offloading_spec=given,
             primary_kv_view=primary.get_kv_memoryview(),
             tier_type="LMCacheCoreTier",
             config=config,
@@ -192,7 +192,7 @@ class Tiered:
         context = self.request()
         output = self.manager.prepare_store(keys, context)
         assert output is not None
-        for key, row in zip(output.keys_to_store, output.store_spec.chunk_ids, strict=True):  # type: ignore[attr-defined]
+        for key, row in zip(output.keys_to_store, output.store_spec.chunk_ids, strict=True):
             self.region.rows[row] = content(key, ROW)
         self.manager.complete_store(output.keys_to_store, context)
         self.manager.on_request_finished(context)
@@ -217,7 +217,7 @@ class Tiered:
         context = self.request()
         hits = list(keys[: self.find(keys, context)])
         where = self.manager.prepare_load(hits, context)
-        for key, row in zip(hits, where.chunk_ids, strict=True):  # type: ignore[attr-defined]
+        for key, row in zip(hits, where.chunk_ids, strict=True):
             assert np.array_equal(self.region.rows[row], content(key, ROW))
         self.manager.complete_load(hits, context)
         self.manager.on_request_finished(context)
