@@ -220,7 +220,7 @@ class StorageBackend(ABC):
         return None
 
     def stats(self) -> dict[str, Any]:
-        """What the backend chose for itself, as text, and counters of its own: plain data, for people and dashboards."""
+        """What the backend chose for itself, as text, and counters of its own: plain data, for people."""
         return {}
 
     @abstractmethod
