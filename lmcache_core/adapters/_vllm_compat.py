@@ -12,14 +12,11 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import vllm
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from vllm import _custom_ops as cpu_ops
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group, model_parallel_is_initialized
@@ -30,10 +27,11 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from lmcache_core import _cuda, canonical
+from lmcache_core.adapters._weights import fingerprint
 from lmcache_core.copies import Dim, PagedKV, PageGeometry, Plane
 from lmcache_core.errors import ConfigError, Problem, Unsupported
 from lmcache_core.gpu import CudaError, GpuPagedKV, How
-from lmcache_core.identity import Identity, fingerprint_weights
+from lmcache_core.identity import Identity
 from lmcache_core.layout import DTYPE_BYTES, KVLayout
 
 try:
@@ -45,6 +43,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TESTED = "0.30 to 0.32"
+
+_NAME_THEM = 'name them yourself with kv_connector_extra_config={"weights": "<a string that changes with them>"}'
 
 PAGE_FORMAT = 1
 """Version of the `packing` string this module writes. Raise it when the string's meaning changes."""
@@ -507,25 +507,7 @@ def _weights(vllm_config: Any) -> str:
     model = vllm_config.model_config
     if vllm_config.load_config.load_format == "dummy":
         return canonical.digest(("dummy", model.seed, _json(model.hf_config.to_dict()))).hex()
-    return _fingerprint(model.model, model.revision)
-
-
-def _fingerprint(name: str, revision: str | None) -> str:
-    """Fingerprint of a model or adapter: a directory, a file, or a repository in the Hugging Face cache."""
-    path = Path(name)
-    try:
-        if not path.exists():
-            for file in ("config.json", "adapter_config.json"):
-                found = try_to_load_from_cache(name, file, revision=revision)
-                if isinstance(found, str):
-                    path = Path(found).parent
-                    break
-        return fingerprint_weights(path)
-    except (OSError, HFValidationError) as error:
-        raise Unsupported(
-            f"the weights of {name!r} cannot be found to fingerprint them ({error}); "
-            'name them yourself with kv_connector_extra_config={"weights": "<a string that changes with them>"}'
-        ) from error
+    return fingerprint(model.model, model.revision, _NAME_THEM)
 
 
 # -- requests --------------------------------------------------------------------------------------------------
@@ -586,7 +568,7 @@ class Adapters:
         which = (lora.lora_int_id, lora.lora_name, lora.lora_path)
         # vLLM loads an adapter once for its id, unless told to replace it in place.
         if which not in self._known or lora.load_inplace:
-            self._known[which] = f"{lora.lora_name}@{_fingerprint(lora.lora_path, None)}"
+            self._known[which] = f"{lora.lora_name}@{fingerprint(lora.lora_path, None, _NAME_THEM)}"
         return self._known[which]
 
 

@@ -34,6 +34,7 @@ with warnings.catch_warnings():
     from vllm.v1.outputs import KVConnectorOutput
 
     from lmcache_core.adapters import _vllm_compat as compat
+    from lmcache_core.adapters import _weights
     from lmcache_core.adapters._vllm_telemetry import Stats
     from lmcache_core.adapters.vllm import LMCacheCoreConnector, PagesMetadata
 
@@ -413,7 +414,7 @@ def test_identity_of_a_repository_in_the_cache(tmp_path: Path, monkeypatch: pyte
     def find(name: str, file: str, revision: str | None) -> str | None:
         return str(tmp_path / file) if (name, file, revision) == ("org/model", "config.json", "v1") else None
 
-    monkeypatch.setattr(compat, "try_to_load_from_cache", find)
+    monkeypatch.setattr(_weights, "try_to_load_from_cache", find)
     options: dict[str, Any] = {"load_config__load_format": "auto", "model_config__model": "org/model"}
     _digest(**options, model_config__revision="v1")
     with pytest.raises(Unsupported, match="org/model"):
