@@ -12,6 +12,9 @@ from time import perf_counter, sleep
 SELDOM = 0.2
 """Share of its turns below which a thread is held up."""
 
+CHANCES = 6
+"""How often a call is watched before it is said to hold others up."""
+
 
 @contextmanager
 def switching_often() -> Iterator[None]:

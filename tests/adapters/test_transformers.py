@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -965,9 +966,9 @@ print(json.dumps(result))
 def test_three_processes_share_one_disk(tmp_path: Path) -> None:
     def process(*seeds: int) -> list[list[Any]]:
         command = [sys.executable, "-c", PROCESS, str(tmp_path), json.dumps(seeds)]
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120, check=False
-        )
+        # The child finds this file and what it imports where pytest found them.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         result: list[list[Any]] = json.loads(done.stdout.splitlines()[-1])
         return result
