@@ -76,7 +76,17 @@ class Store:
         shared: bool = False,
     ) -> None:
         """Build the pipeline that `config` describes for pages of `layout`; its `chunk_tokens` is the page's, whatever
-        it says. Raise what `build` raises, and `ConfigError` where tenants are told apart and none was named."""
+        it says. Raise what `build` raises, and `ConfigError` where tenants are told apart and none was named, or
+        where there is a GPU tier."""
+        if (device := config.device_tier) is not None:
+            problem = Problem(
+                where="build",
+                path=f"tiers.{device.name}",
+                what="this engine can have no GPU tier",
+                why="its pages come from its own cache on the GPU: copies beside that take room and are never read",
+                fix="remove it, and give the memory to the engine",
+            )
+            raise ConfigError([problem])
         self.pipeline = build(config.model_copy(update={"chunk_tokens": layout.chunk_tokens}), layout, shared=shared)
         self._identify = identify
         self._tenant = tenant

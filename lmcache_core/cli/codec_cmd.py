@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _pydecimal
 import argparse
 import statistics
 from pathlib import Path
@@ -83,5 +82,5 @@ def _texts() -> dict[str, str]:
     return {
         "manual": codec_kv.manual(1),
         "statistics": Path(statistics.__file__).read_text(encoding="utf-8"),
-        "decimal": Path(_pydecimal.__file__).read_text(encoding="utf-8"),
+        "argparse": Path(argparse.__file__).read_text(encoding="utf-8"),
     }

@@ -16,8 +16,7 @@ import xxhash
 
 from lmcache_core import _cuda, _native
 from lmcache_serde.cachegen.format import TABLES, Coding, Shape
-from lmcache_serde.cachegen.native import _described as described
-from lmcache_serde.cachegen.native import profile_at, profile_parts
+from lmcache_serde.cachegen.native import described, profile_at, profile_parts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

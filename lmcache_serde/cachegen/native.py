@@ -82,7 +82,8 @@ class _Scratch(threading.local):
 _scratch: Final = _Scratch()
 
 
-def _described(shape: Shape, coding: Coding | None = None) -> _Codec:
+def described(shape: Shape, coding: Coding | None = None) -> _Codec:
+    """The C structure of a blob."""
     codec = _Codec(DTYPES[shape.dtype], shape.layers, shape.planes, shape.tokens, shape.channels)
     if coding is not None:
         codec.level, codec.n_raw, codec.tile_tokens = coding.level, coding.n_raw, coding.tile_tokens
@@ -140,7 +141,7 @@ def encode(
         raise ValueError(f"{sources.size} chunks and {len(starts)} starts for {targets.size} buffers")
     if _library is None:
         return _encode_slowly(shape, coding, chunks, out, profile, starts)
-    codec = _described(shape, coding)
+    codec = described(shape, coding)
     if profile is not None:
         _lend(_library, codec, profile)
         positions = np.array([start if start <= MOST_START else -1 for start in starts], np.int64)
@@ -181,7 +182,7 @@ def decode(
     sources = _addresses(blobs, 0)
     lengths = np.array([_nbytes(blob) for blob in blobs], np.int64)
     status = np.zeros(len(blobs), np.int32)
-    codec = _described(shape)
+    codec = described(shape)
     if profile is not None:
         _lend(_library, codec, profile)
     arguments = (sources, lengths, targets, sources.size, first_layer, count, _scratch.room, status)

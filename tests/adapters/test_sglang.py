@@ -427,6 +427,13 @@ def test_tenants(make: Make, tmp_path: Path) -> None:
         make(pool, config={**config, "tiers": tiers[:1]})
 
 
+def test_a_gpu_tier_is_refused_and_not_left_empty(make: Make) -> None:
+    hbm = {"name": "hbm", "capacity": 8192, "backend": {"type": "gpu"}}
+    memory = {"name": "dram", "capacity": 32 * 8192, "backend": {"type": "cpu", "pin": False}}
+    with pytest.raises(ConfigError, match="this engine can have no GPU tier"):
+        make(sgl.MHATokenToKVPoolHost("page_first"), config={"tiers": [hbm, memory]})
+
+
 # -- weights that change -------------------------------------------------------------------------------------
 def test_pages_of_old_weights_are_neither_served_nor_stored(make: Make, settings: dict[str, Any]) -> None:
     pool = sgl.MHATokenToKVPoolHost("page_first")
