@@ -240,8 +240,8 @@ class CacheEngine:
         theirs = self._given(kv, ids.size, blocks, slots)
         head, keys = self._head_key(name), self._keys(ids)
         before = self._tokens(head, None)
-        if before is not None and not np.array_equal(before, ids):
-            self.pipeline.discard([head])
+        if self._present([head]) if before is None else not np.array_equal(before, ids):
+            self.pipeline.discard([head])  # of other tokens, or spoilt by a lossy tier
         self.pipeline.store(keys, theirs.save)
 
         def fill(room: Reservation) -> None:

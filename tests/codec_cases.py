@@ -91,7 +91,7 @@ def any_case(rng: np.random.Generator) -> tuple[Shape, Coding, NDArray[np.uint8]
     how = Coding(
         3,
         rng.choice([RAW, ANCHORED, PER_TOKEN, LOSSLESS], shape.rows, p=[0.1, 0.4, 0.3, 0.2]).astype(np.uint8),
-        rng.integers(-90, 32, shape.rows).astype(np.int16),
+        rng.integers(rng.choice([-160, -90]), 33, shape.rows).astype(np.int16),
         int(rng.choice([AUTO, 0, 1, 4])),
         int(rng.choice([16, 64, 100, 256])),
     )
@@ -114,7 +114,7 @@ def any_turned(rng: np.random.Generator) -> tuple[Shape, Coding, NDArray[np.uint
     how = Coding(
         3,
         rng.choice([RAW, ANCHORED, PER_TOKEN, LOSSLESS], shape.rows, p=[0.05, 0.45, 0.45, 0.05]).astype(np.uint8),
-        rng.integers(-90, 32, shape.rows).astype(np.int16),
+        rng.integers(rng.choice([-160, -90]), 33, shape.rows).astype(np.int16),
         int(rng.choice([AUTO, 0, 1, 4])),
         int(rng.choice([16, 64, 256])),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +105,46 @@ def test_every_instruction_set_transforms_as_the_reference(every_set: list[str])
             native.decode(shape, [blob], [layer], shape.layers - 1, 1, profile)
             assert np.array_equal(layer, values[-layer.size :])
     assert turned > 10
+
+
+def test_sums_beyond_32_bits_are_taken_modulo_2_to_the_32(every_set: list[str]) -> None:
+    """Only a damaged blob makes them; every decoder must make the same of it."""
+    rng = np.random.default_rng(0)
+    signs = np.ones((1, 1))
+    while len(signs) < 128:
+        signs = np.block([[signs, signs], [signs, -signs]])
+    basis = np.rint(np.broadcast_to(signs / np.sqrt(128) * 2.0**13, (1, 2, 1, 128, 128))).astype(np.int16)
+    profile = Profile(2, rng.integers(1 << 62, size=32, dtype=np.uint64), np.zeros((1, 128), np.float32), basis)
+    shape = Shape("bfloat16", 1, 2, 33, 128)
+    how = Coding(3, np.full(2, ANCHORED, np.uint8), np.full(2, -24, np.int16), 0)
+    blob = encode(shape, how, chunk(rng, shape, "plain"), profile, 0)[0].copy()
+    starts = parse(blob, shape, profile).starts
+    anchors = np.where(basis[0, 0, 0, :, 5] < 0, -32600, 32600)  # all of one sign in the sum of channel 5
+    assert abs(int((anchors * basis[0, 0, 0, :, 5].astype(np.int64)).sum())) > 1 << 31
+    for start in starts[:-1]:
+        assert blob[start + 10] == ANCHORED
+        blob[start + ROW.itemsize : start + ROW.itemsize + 256].view("<i2")[:] = anchors
+    reseal(blob, shape, starts)
+    want = reference.decode(shape, blob, profile=profile)
+    for level in every_set:
+        _native.limit_simd(level + "+sha")
+        assert np.array_equal(decode(shape, blob, profile), want), level
+
+
+def test_what_a_call_is_lent_lives_as_long_as_the_call() -> None:
+    """Since Python 3.12 two threads that meet a new profile both make its matrices, and those of one are dropped."""
+    library = _native.library()
+    assert library is not None
+    shape, _, _, profile, _ = any_turned(np.random.default_rng(0))
+    codec = native.described(shape)
+    native._lend(library, codec, profile)
+    matrices = [weakref.ref(matrix) for matrix in profile.matrices]
+    del profile.__dict__["matrices"]
+    gc.collect()
+    assert all(matrix() is not None for matrix in matrices)
+    del codec
+    gc.collect()
+    assert all(matrix() is None for matrix in matrices)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 7])

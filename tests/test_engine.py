@@ -201,6 +201,19 @@ def test_restart_serves_tokens_and_names_from_disk(engines: MakeEngine, tmp_path
     assert again.get("other") is None and again.has("doc") and not again.has("other")
 
 
+def test_a_name_that_a_lossy_tier_has_spoilt_can_be_put_again(tmp_path: Path) -> None:
+    lossy = disk(tmp_path, lossy=True, serde={"type": "cachegen", "level": "small"})
+    config = {"chunk_tokens": 64, "tiers": [dram(256), lossy]}
+    model = {**MODEL, "kv_heads": 2, "head_dim": 32}
+    tokens = list(range(100))  # small enough for the codec to take them for values
+    kv = np.random.default_rng(0).integers(0x3F80, 0x3FFF, (2, 2, 100, 2, 32)).astype(np.uint16)
+    with CacheEngine(config, **model) as first:
+        assert first.put("doc", tokens, kv) and first.pipeline.flush(10.0)
+    with CacheEngine(config, **model) as again:
+        assert again.get("doc") is None
+        assert again.put("doc", tokens, kv) and again.get("doc") is not None
+
+
 @pytest.mark.parametrize("tokens", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
 def test_names_keep_every_token(tokens: int, engines: MakeEngine) -> None:
     engine, ids = engines(), prompt(tokens)

@@ -45,7 +45,8 @@ namespace plain {
 #if LMC_X86
 #define LMC_DOT(sum, a, b) (sum + (V)_mm_madd_epi16((__m128i)a, (__m128i)b))
 #else
-#define LMC_DOT(sum, a, b) (sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16))
+#define LMC_DOT(sum, a, b) \
+    (sum + (V)(((S)(a << 16) >> 16) * ((S)(b << 16) >> 16)) + (V)(((S)a >> 16) * ((S)b >> 16)))
 #endif
 #include "codec_transform.inl"
 #undef LMC_DOT

@@ -1,12 +1,14 @@
 // The transform, W lanes at a time. Included once for each instruction set, inside a namespace of its own, with W
 // (lanes of 32 bits) and LMC_DOT (sums + products of two pairs of 16-bit numbers each) defined.
 
-typedef int32_t V __attribute__((vector_size(4 * W)));
+typedef uint32_t V __attribute__((vector_size(4 * W)));  // modulo 2^32, as damaged blobs may make it
+typedef int32_t S __attribute__((vector_size(4 * W)));
+typedef uint32_t Pair __attribute__((may_alias));  // two 16-bit numbers, as they were stored
 
 // Rows of 16-bit numbers by a matrix as in lmc_codec_profile. What stays in registers is ROWS x 4 W sums.
 template <int ROWS>
 void product_rows(const int16_t *in, const int16_t *matrix, int size, int32_t *out) {
-    const auto *two = reinterpret_cast<const int32_t *>(in);
+    const auto *two = reinterpret_cast<const Pair *>(in);
     for (int column = 0; column < size; column += 4 * W) {
         const auto *at = reinterpret_cast<const int32_t *>(matrix) + column;
         V sums[ROWS][4] = {};

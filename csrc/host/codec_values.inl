@@ -9,6 +9,7 @@ typedef uint16_t VH __attribute__((vector_size(2 * W)));
 typedef uint8_t VB __attribute__((vector_size(W)));
 typedef int16_t VS __attribute__((vector_size(2 * W)));
 typedef int16_t Shorts __attribute__((vector_size(4 * W)));
+typedef uint16_t Words __attribute__((vector_size(4 * W)));
 
 template <class V>
 inline V get(const void *from) {
@@ -108,7 +109,7 @@ inline VI dot(VI a, VI b) {
 #elif W == 8
     return as<VI>(_mm256_madd_epi16(as<__m256i>(a), as<__m256i>(b)));
 #else
-    return (as<VI>(as<VU>(a) << 16) >> 16) * (as<VI>(as<VU>(b) << 16) >> 16) + (a >> 16) * (b >> 16);
+    return as<VI>(as<VU>((as<VI>(as<VU>(a) << 16) >> 16) * (as<VI>(as<VU>(b) << 16) >> 16)) + as<VU>((a >> 16) * (b >> 16)));
 #endif
 }
 inline VI two(VI low, VI high) { return as<VI>((as<VU>(low) & 0xffff) | as<VU>(high) << 16); }
@@ -207,7 +208,7 @@ void measure(const void *in, int64_t stride, int tokens, const float *token_scal
                 q1 += as<VU>(q) + (alone ? VU{} : as<VU>(r));
                 sum += as<VU>(dot(counted, counted));
                 if (PREDICT) {
-                    const Shorts step = as<Shorts>(pair) - as<Shorts>(before | as<VU>(pair) << 16);
+                    const Shorts step = as<Shorts>(as<Words>(pair) - as<Words>(before | as<VU>(pair) << 16));
                     energy += as<VU>(dot(as<VI>(step), as<VI>(step)));
                     step_low = step_low < step ? step_low : step;
                     step_high = step_high > step ? step_high : step;

@@ -186,6 +186,9 @@ def refuse_engine(vllm_config: Any, kv_cache_config: Any) -> None:
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         raise Unsupported(f"speculative decoding with {speculative.method!r} keeps KV that looks beyond its prefix")
+    second_runner = getattr(vllm_config, "use_v2_model_runner", False)
+    if speculative is not None and parallel.pipeline_parallel_size > 1 and not second_runner:
+        raise Unsupported("speculative decoding on several pipeline ranks: vLLM's first model runner never saves")
     if getattr(cache, "calculate_kv_scales", False):
         raise Unsupported("calculate_kv_scales makes KV depend on the first request; it cannot be shared")
     groups = kv_cache_config.kv_cache_groups
@@ -467,6 +470,16 @@ def cpu_page_format(vllm_config: Any, isa: str, spec: Any, dtype: torch.dtype) -
 _VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "return_dict"}
 
 
+_MODEL = ("quantization_config", "model_impl", "model_class_overrides")
+"""Settings that change what the same files compute."""
+
+_INPUTS = (
+    "mm_processor_kwargs", "mm_encoder_attn_backend", "mm_encoder_attn_dtype", "mm_encoder_fp8_scale_path",
+    "video_pruning_rate",
+)  # fmt: skip
+"""Settings that change what becomes of an image, a sound, ...: vLLM's hash of it has only what the request says."""
+
+
 def model_identity(vllm_config: Any, layout: KVLayout, weights: str = "") -> Identity:
     """Identity of every KV this engine computes without adapters. `weights` replaces the fingerprint of the files.
 
@@ -489,6 +502,12 @@ def model_identity(vllm_config: Any, layout: KVLayout, weights: str = "") -> Ide
         "quantization": model.quantization,
         "vllm": vllm.__version__,
     }
+    # Younger than the fields above: engines that leave them alone keep the keys they have always had.
+    engine |= {name: value for name in _MODEL if (value := getattr(model, name, None)) not in (None, "auto", {})}
+    multimodal = getattr(model, "multimodal_config", None)
+    inputs = {name: value for name in _INPUTS if (value := getattr(multimodal, name, None)) not in (None, {})}
+    if inputs:
+        engine["multimodal"] = inputs
     return Identity(
         model=model.served_model_name,
         weights=weights or _weights(vllm_config),
@@ -521,8 +540,18 @@ def blocks_written(scheduler_output: Any, block_tokens: int) -> Iterator[int]:
             yield from table
 
 
-def refuse_request(request: Any) -> str:
-    """Why this request's KV cannot be named by its token ids alone, or an empty string."""
+def names_inputs(vllm_config: Any) -> bool:
+    """Whether vLLM names images, sounds, ... by their content. Where it caches none of them it counts them instead
+    (`renderer0-mm-1-image-0`), and another process means other ones by these names."""
+    multimodal = getattr(vllm_config.model_config, "multimodal_config", None)
+    caches = multimodal is None or multimodal.mm_processor_cache_gb != 0
+    return bool(caches or vllm_config.cache_config.enable_prefix_caching)
+
+
+def refuse_request(request: Any, *, named: bool = True) -> str:
+    """Why this request's KV cannot be named by its token ids alone, or an empty string. `named`: see `names_inputs`."""
+    if request.mm_features and not named:
+        return "multimodal"
     if any(not isinstance(f.identifier, str) or not f.identifier for f in request.mm_features):
         return "multimodal"  # inputs without a name of their content
     if request.prompt_embeds is not None:

@@ -105,6 +105,7 @@ __all__ = [
     "metric_definitions",
     "row_layout",
     "settings_of",
+    "windows",
 ]
 
 logger = init_logger("vllm.lmcache_core")  # below vLLM's own, whose handlers and level apply
@@ -242,6 +243,14 @@ def engine_of(config: OffloadingConfig) -> tuple[Any, Any]:
     raise Unsupported("it was not made by vLLM's OffloadingConnector, so that it cannot know whose KV this is")
 
 
+def windows(config: OffloadingConfig, kv_cache_config: Any) -> frozenset[int]:
+    """KV groups of layers with a window."""
+    groups = kv_cache_config.kv_cache_groups
+    return frozenset(
+        group.group_id for group in config.groups if isinstance(groups[group.group_id].kv_cache_spec, SlidingWindowSpec)
+    )
+
+
 def row_layout(
     config: OffloadingConfig, vllm_config: Any, kv_cache_config: Any, face: str, row_bytes: int, blocks: int
 ) -> KVLayout:
@@ -252,6 +261,11 @@ def row_layout(
     compat.refuse_engine(vllm_config, kv_cache_config)
     if vllm_config.lora_config is not None:
         raise Unsupported("with --enable-lora blocks are named by the name of an adapter, not by what is in it")
+    if not compat.names_inputs(vllm_config):
+        raise Unsupported(
+            "with --mm-processor-cache-gb 0 and --no-enable-prefix-caching images are named by a number, not by their "
+            "content: leave out one of them"
+        )
     algorithm = vllm_config.cache_config.prefix_caching_hash_algo
     if not algorithm.startswith("sha256"):
         raise Unsupported(f"--prefix-caching-hash-algo {algorithm}: its hashes are random or can be forged")

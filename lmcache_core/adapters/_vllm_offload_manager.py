@@ -30,7 +30,7 @@ from lmcache_core.adapters._vllm_offload_compat import (
     logger,
 )
 from lmcache_core.adapters._vllm_offload_worker import ArenaSpec
-from lmcache_core.errors import BackendError
+from lmcache_core.errors import BackendError, ConfigError, Unsupported
 from lmcache_core.handles import Lease, Reservation, Transfer
 from lmcache_core.types import ChunkKey
 
@@ -69,10 +69,11 @@ class _Request:
 class Manager(OffloadingManager):
     """See the module. Called by the scheduler's thread only; never waits but in `reset_cache` and `shutdown`."""
 
-    def __init__(self, store: Store, *, events: bool = False) -> None:
-        """`events`: tell vLLM what comes into memory and leaves it."""
+    def __init__(self, store: Store, *, events: bool = False, windows: Collection[int] = ()) -> None:
+        """`events`: tell vLLM what comes into memory and leaves it. `windows`: KV groups of layers with a window."""
         self.store = store
         self.pipeline = store.pipeline
+        self._windows = windows
         self._requests: dict[str, _Request] = {}
         self._storing: dict[OffloadKey, Reservation] = {}
         self._stale: list[Lease | Reservation] = []
@@ -80,10 +81,14 @@ class Manager(OffloadingManager):
         self._told: dict[ChunkKey, OffloadKey] | None = {} if events else None
         self._news: list[OffloadKey] = []
         self._counted = compat.Counted(self.pipeline.counts)
+        self._off = False
+        """After a reset that could not find out whose the KV is from now on: nothing is loaded or stored any more."""
 
     # -- loads -----------------------------------------------------------------------------------------------
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """A hit is pinned until it was loaded, or this step has ended without that."""
+        if self._off:
+            return LookupResult.MISS
         request = self._requests.setdefault(req_context.req_id, _Request())
         transfer = request.waiting.get(key)
         if transfer is not None:
@@ -129,10 +134,12 @@ class Manager(OffloadingManager):
         """Start to fetch what this step's lookups found on media, and drop the pins of hits that it did not use."""
         for request in self._requests.values():
             # A fetch is cut at its first gap, and a gap in one KV group says nothing of the others.
-            for _, group in groupby(request.wanted, get_offload_group_idx):
-                keys = list(group)
-                transfer = self.pipeline.fetch(self.store.keys(keys))
-                request.waiting.update(dict.fromkeys(keys, transfer))
+            # A window is sought from its right end, and only some of its chunks are stored: each is fetched by itself.
+            for number, group in groupby(request.wanted, get_offload_group_idx):
+                wanted = list(group)
+                for keys in [[key] for key in wanted] if number in self._windows else [wanted]:
+                    transfer = self.pipeline.fetch(self.store.keys(keys))
+                    request.waiting.update(dict.fromkeys(keys, transfer))
             request.wanted = {}
             if request.held and not request.waiting:
                 request.let_go()
@@ -167,7 +174,7 @@ class Manager(OffloadingManager):
     # -- stores ----------------------------------------------------------------------------------------------
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
         """Slots for those of the keys that are not stored yet; None where there is no room for any of them."""
-        offered = list(keys)
+        offered = [] if self._off else list(keys)
         names = self.store.keys(offered)
         reservation = self.pipeline.reserve(names)
         new = [offered[i] for i in reservation.positions]
@@ -255,6 +262,10 @@ class Manager(OffloadingManager):
             self.store.clear(uuid.uuid4().hex)
         except BackendError as error:
             logger.warning("lmcache-core: %s", error)
+        except (ConfigError, Unsupported) as error:
+            # vLLM forgets its jobs only after a reset that did not fail; see `complete_store`.
+            self._off = True
+            logger.error("lmcache-core: caching is off: %s", error)
 
     def _drop_stale(self) -> None:
         """A job that vLLM made after the last reset has ended: by then workers have ended all that it made before."""

@@ -421,6 +421,7 @@ class Scheduler:
                 self._detached(report.error)
         elif report.error and not self.disabled:
             self._detached(report.error)
+        if not report.copied:
             for step in self._steps.values():
                 step.spoiled = True  # the engine may have computed on from what was never loaded
         for number in [n for n in self._steps if n <= report.step]:
@@ -570,11 +571,11 @@ class Scheduler:
                 positions = range(first + skip, first + skip + count)
                 step.arrivals.append((state.request, state.keys(positions.stop), positions))
         failed = [block for table in load.tables for block in table[max(stop, load.start) :]]
-        if load.request_id in self._states:
-            self._states[load.request_id].reason = lease.reason
         if failed:
             self.counts["failed_blocks"] += len(failed)
-            self._states[load.request_id].failed = True
+        if load.request_id in self._states:  # a reset may have refused it
+            state = self._states[load.request_id]
+            state.reason, state.failed = lease.reason, state.failed or bool(failed)
         return failed
 
     def _sources_of(self, load: _Load) -> list[str]:

@@ -62,6 +62,8 @@ class Worker:
         self._loading: dict[str, Future[None]] = {}
         self._saving: dict[str, Future[None]] = {}
         self._report: StepReport | None = None
+        self._unsaved: StepReport | None = None
+        """Of the step under way. vLLM may take it before the saves are made, and on some ranks never comes to them."""
         self._received: set[str] = set()
         self._failed: set[int] = set()
 
@@ -80,6 +82,8 @@ class Worker:
         self._received.update(plan.received)
         self._failed.update(plan.failed_blocks)
         self._report = None if plan.empty else report
+        self._unsaved = report
+        report.copied = report.copied and plan.saves is None
 
     def wait_layer(self, name: str) -> None:
         """The engine is about to read this layer: its blocks are filled on return."""
@@ -95,6 +99,7 @@ class Worker:
 
     def save(self, plan: StepPlan) -> None:
         """Copy the blocks this step completed; nothing is under way on return."""
+        report, self._unsaved = self._unsaved, None
         if self._loading and plan.loads is not None:
             # The engine computed without announcing these layers: it may have read them before they were filled.
             while self._loading:
@@ -104,8 +109,9 @@ class Worker:
             if self._pool is not None:
                 self._pool.shutdown()
             self._pool = None
-            if self._report is not None:
-                self._report.copied = False
+            if report is not None:
+                report.copied = False
+            report = None
         saving, self._saving = self._saving, {}
         for job in saving.values():
             job.result()
@@ -117,6 +123,8 @@ class Worker:
         else:
             for name in self._layers.keys() - saving.keys():
                 self._gather(self._layers[name], plan.saves)
+        if report is not None:
+            report.copied = True
 
     def received(self) -> set[str]:
         """Requests whose asynchronous load ended; each is told once."""

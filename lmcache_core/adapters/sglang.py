@@ -63,8 +63,8 @@ class LMCacheCoreStorage(HiCacheStorage):
         self._lock = threading.Lock()
         self._epoch = ""
         self._mark = engine.model_mark()
-        self._old_pages: Any = None
-        """`mem_state` of the KV pool when weights were last replaced; None when they never were."""
+        self._cleared = self._mark
+        """The weights that ran when the KV pool was last cleared: its pages are theirs, or those of later ones."""
 
     # -- pools -----------------------------------------------------------------------------------------------
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
@@ -81,6 +81,8 @@ class LMCacheCoreStorage(HiCacheStorage):
         if name in self._pools:
             return
         self._pools[name] = pool
+        if name == KV:
+            self._watch(pool)
         try:
             if name not in self._configs:
                 raise Unsupported(f'add "pools": {{"{name}": "<its configuration>"}} to the extra config')
@@ -96,14 +98,24 @@ class LMCacheCoreStorage(HiCacheStorage):
         if name == KV and size < SMALL_PAGE:
             logger.warning("lmcache-core: pages of %s are slow to store; use --page-size 64", format_bytes(size))
 
+    def _watch(self, pool: Any) -> None:
+        """Note the weights at each clearing of the pool. SGLang sets a new version first, then flushes its cache."""
+        clear = pool.clear
+
+        def cleared(*args: Any, **more: Any) -> Any:
+            done = clear(*args, **more)
+            self._cleared = engine.model_mark()
+            return done
+
+        pool.clear = cleared
+        self._cleared = engine.model_mark()
+
     def _store(self, name: str = KV) -> PageStore | None:
         """The store of a pool, with the identity of the weights that the engine runs now."""
         mark = engine.model_mark()
         if mark != self._mark:
             with self._lock:
                 if mark != self._mark:
-                    pool = self._pools.get(KV)
-                    self._old_pages = None if pool is None else pool.mem_state
                     for store in self._stores.values():
                         store.renew(self._epoch)
                     self._mark = mark
@@ -112,12 +124,13 @@ class LMCacheCoreStorage(HiCacheStorage):
     def _writable(self, hashes: Sequence[str], name: str = KV) -> tuple[PageStore | None, list[ChunkKey]]:
         """The same with keys to store pages under; None while the host pool holds pages of other weights.
 
-        SGLang forgets those with a flush, and a pool that was cleared has a new `mem_state`.
+        SGLang forgets those with a flush, which clears the pool.
         """
+        since = self._cleared
         store = self._store(name)
         keys = store.keys(hashes) if store is not None else []
-        # Looked at after the keys were made: old pages are noted before a store gets its new identity.
-        if self._old_pages is not None and self._pools[KV].mem_state is self._old_pages:
+        # Looked at after the keys were made: another thread may have renewed the identity, or the pool been cleared.
+        if not since == self._cleared == self._mark:
             store = None
         return store, keys
 

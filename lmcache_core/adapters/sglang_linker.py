@@ -111,6 +111,9 @@ class LMCacheCoreLinker(UnifiedCacheLinker):
                     self._store.pages.scatter(indices, lease.addresses)
         except Exception as error:
             logger.exception("lmcache-core: please report this defect")
+            # SGLang aborts every request of the batch, and their places are others' then.
+            for rid in list(self._queued):
+                self.cancel_queued_load(rid)
             self.layer_done_counter.fail(index, error)
         else:
             for layer in range(self.layer_done_counter.num_layers):
@@ -161,9 +164,8 @@ class LMCacheCoreLinker(UnifiedCacheLinker):
             self._offloads.popleft().result()
         self.layer_done_counter.reset()
         mark = engine.model_mark()
-        if mark != self._mark and self._store is not None:
-            self.errors.safely("reset", self._store.renew, None)
-            self._mark = mark
+        if mark != self._mark and self._store is not None and self.errors.safely("reset", self._store.renew, None):
+            self._mark = mark  # while the new weights cannot be named, nothing is theirs: see `_current`
 
     def close(self) -> None:
         """Write down what must be kept, then close."""

@@ -238,7 +238,7 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         recompute = self._kv_transfer_config.kv_load_failure_policy == "recompute"
         sizes = {"tp_size": parallel.tensor_parallel_size, "pp_size": parallel.pipeline_parallel_size}
         base = replace(base, fidelity=pipeline.fidelity, **sizes)
-        self._identities = _Identities(base, pipeline)
+        self._identities = _Identities(base, pipeline, named=compat.names_inputs(self._vllm_config))
         told = self._vllm_config.kv_events_config
         if told is not None and told.enable_kv_cache_events:
             hashed = getattr(self._kv_cache_config, "hash_block_size", None) or block
@@ -406,14 +406,15 @@ def _tables(scheduler_output: Any) -> Callable[[str], Tables | None]:
 class _Identities:
     """Identity of each request: the model's, with its adapter and its tenant."""
 
-    def __init__(self, base: Identity, pipeline: Pipeline) -> None:
+    def __init__(self, base: Identity, pipeline: Pipeline, *, named: bool) -> None:
         self._base = base
+        self._named = named
         self._pipeline = pipeline
         self._adapters = compat.Adapters()
 
     def admit(self, request: Request) -> Identity | str:
         """The identity, or why the request takes no part."""
-        reason = compat.refuse_request(request)
+        reason = compat.refuse_request(request, named=self._named)
         if reason:
             return reason
         try:

@@ -40,7 +40,7 @@ from lmcache_core.adapters._vllm_offload_manager import SHUTDOWN_S, Manager, Not
 from lmcache_core.adapters._vllm_offload_worker import CopyWorker, copy_worker
 from lmcache_core.config import load
 from lmcache_core.copies import PagedKV, PageGeometry
-from lmcache_core.errors import Unsupported
+from lmcache_core.errors import ConfigError, Unsupported
 from lmcache_core.handles import Hit
 from lmcache_core.layout import KVLayout
 
@@ -137,6 +137,7 @@ class LMCacheCoreTier(SecondaryTierManager):
                 self.block_size_bytes,
                 offloading_spec.blocks_per_chunk,
             )
+            self._windows = compat.windows(offloading_spec.config, kv_cache_config)
             self._rows = Rows(primary_kv_view, layout)
             identify = partial(compat.identity, vllm_config, layout, chosen.weights)
             self._store = PageStore(pipeline, self._rows, identify, chosen.tenant)
@@ -188,9 +189,11 @@ class LMCacheCoreTier(SecondaryTierManager):
             request.looked = False
             if request.asking and self._store is not None:
                 # A lookup is cut at its first gap, and a gap in one KV group says nothing of the others.
-                for _, group in groupby(request.asking, get_offload_group_idx):
-                    keys = list(group)
-                    request.hits.append((keys, self._store.pipeline.lookup(self._store.keys(keys))))
+                # A window is sought from its right end, and some of its chunks are not stored: each is asked for alone.
+                for number, group in groupby(request.asking, get_offload_group_idx):
+                    asking = list(group)
+                    for keys in [[key] for key in asking] if number in self._windows else [asking]:
+                        request.hits.append((keys, self._store.pipeline.lookup(self._store.keys(keys))))
                 request.asked.update(request.asking)
                 request.asking = {}
 
@@ -262,8 +265,13 @@ class LMCacheCoreTier(SecondaryTierManager):
         not show: what is stored from now on is kept apart from what was stored before."""
         wait(self._running)
         self._requests = {name: _Request() for name in self._requests}
-        if self._store is not None:
-            self._store.renew(uuid.uuid4().hex)
+        try:
+            if self._store is not None:
+                self._store.renew(uuid.uuid4().hex)
+        except (ConfigError, Unsupported) as error:
+            # vLLM cannot do with a reset that fails, and what is stored was computed with other weights.
+            logger.error("lmcache-core: this tier is off: %s", error)
+            self._let_go()
 
     # -- life ------------------------------------------------------------------------------------------------
     def get_stats(self) -> Any:
@@ -277,6 +285,9 @@ class LMCacheCoreTier(SecondaryTierManager):
         for future, job in self._running.items():
             if future.cancelled():
                 self._finished.put((job, JobResult(job.job_id, success=False)))
+        self._let_go()
+
+    def _let_go(self) -> None:
         store, self._store = self._store, None
         if store is not None:
             store.pipeline.close(SHUTDOWN_S)
@@ -311,7 +322,9 @@ class LMCacheCoreOffloadingSpec(OffloadingSpec):
         """The scheduler's half, which owns the pipeline."""
         if self._manager is None:
             try:
-                self._manager = Manager(self._open(), events=self.kv_events_config.enable_kv_cache_events)
+                windows = compat.windows(self.config, compat.engine_of(self.config)[1])
+                events = self.kv_events_config.enable_kv_cache_events
+                self._manager = Manager(self._open(), events=events, windows=windows)
             except Unsupported as error:
                 logger.warning("lmcache-core: caching is off: %s", error)
                 self._manager = Nothing()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import statistics
 from pathlib import Path
 from typing import Any
@@ -82,5 +83,5 @@ def _texts() -> dict[str, str]:
     return {
         "manual": codec_kv.manual(1),
         "statistics": Path(statistics.__file__).read_text(encoding="utf-8"),
-        "argparse": Path(argparse.__file__).read_text(encoding="utf-8"),
+        "difflib": Path(difflib.__file__).read_text(encoding="utf-8"),
     }

@@ -104,7 +104,9 @@ def profile_at(profile: Profile, addresses: Sequence[int]) -> _Profile:
 
 def _lend(library: ctypes.CDLL, codec: _Codec, profile: Profile) -> None:
     """Give the codec a profile, and this thread's memory to work with it."""
-    lent = profile_at(profile, [_native.address_of(part) for part in profile_parts(profile)])
+    parts = profile_parts(profile)
+    lent = profile_at(profile, [_native.address_of(part) for part in parts])
+    lent.parts = parts  # the profile may let go of its matrices meanwhile: two threads may have made them at once
     codec.profile = ctypes.pointer(lent)
     room = library.lmc_codec_room_bytes(ctypes.byref(codec))
     if room < 0 or len(profile.mean) != codec.layers:

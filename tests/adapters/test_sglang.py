@@ -769,3 +769,16 @@ def test_pointer_pages_that_change_are_refused() -> None:
     states.conv = torch.zeros(states.size, sgl.LAYERS, 4, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="were promised"):
         pages.gather(torch.tensor([0]), np.array([slot.ctypes.data]))
+
+
+def test_weights_replaced_and_flushed_before_storage_is_called_again(make: Make, settings: dict[str, Any]) -> None:
+    """SGLang's scheduler does both in one go: the threads of storage see them at once."""
+    pool = sgl.MHATokenToKVPoolHost("page_first")
+    backend, keys = make(pool), hashes(3)
+    assert backend.batch_set_v1(keys, indices_of([0, 1, 2])) == [True] * 3
+    for step in (2, 3):
+        settings["weight_version"] = f"step-{step}"
+        pool.clear()
+        assert backend.batch_exists(keys) == 0
+        assert backend.batch_set_v1(keys, indices_of([3, 4, 5])) == [True] * 3
+        assert backend.batch_exists(keys) == 3

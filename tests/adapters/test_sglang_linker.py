@@ -225,6 +225,45 @@ def test_a_failing_copy_aborts_only_its_batch(make: Make, caplog: pytest.LogCapt
     assert linker.finish_layer_wise_loading(linker.start_layer_wise_loading())
 
 
+def test_loads_of_a_batch_that_failed_are_not_made_later(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang aborts every request of the batch and gives its slots to others."""
+    pool = MHATokenToKVPool()
+    linker = make(pool)
+    assert stored(linker, [0, 1])
+    assert linker.load("a", transfer([4, 5]))
+    assert linker.load("b", transfer([6, 7]))
+
+    def full(*args: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linker._store.pages, "scatter", full)
+        index = linker.start_layer_wise_loading()
+    assert not linker.finish_layer_wise_loading(index)
+    before = pool.pages([4, 5, 6, 7])  # somebody else's by now
+    assert linker.load("c", transfer([9, 8]))
+    assert linker.finish_layer_wise_loading(linker.start_layer_wise_loading())
+    assert torch.equal(pool.pages([4, 5, 6, 7]), before)
+
+
+def test_new_weights_that_cannot_be_named_are_not_taken_for_the_old_ones(
+    make: Make, linker_class: tuple[sgl.Runtime, Any]
+) -> None:
+    runtime, _ = linker_class
+    linker = make(MHATokenToKVPool())
+    assert stored(linker, [0, 1])
+    # The trainer replaces the weights and takes its files away, or is writing them at this moment.
+    config = Path(runtime.settings["model_path"], "config.json")
+    config.unlink()
+    runtime.settings["weight_version"] = "2"
+    linker.reset()
+    assert linker.lookup("r", transfer([0, 1])) == []
+    config.write_text("{}")
+    linker.reset()  # the next flush finds them
+    assert linker.lookup("r", transfer([0, 1])) == []
+    assert stored(linker, [2, 3])
+
+
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 

@@ -214,6 +214,10 @@ def test_a_wrong_description_is_found_by_copying(field: str, value: Callable[[co
         ({"model_config__is_diffusion": True}, "later tokens"),
         ({"model_config__is_prefix_caching_supported": False}, "later tokens"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "eagle3"),
+        (
+            {"speculative_config": SimpleNamespace(method="ngram"), "parallel_config__pipeline_parallel_size": 2},
+            "several pipeline ranks",
+        ),
         ({"cache_config__calculate_kv_scales": True}, "calculate_kv_scales"),
         ({"compilation_config__static_forward_context": {}}, "page format"),
     ],
@@ -378,6 +382,11 @@ def _digest(weights: str = "", **changes: Any) -> bytes:
         {"model_config__revision": "main"},
         {"model_config__dtype": torch.bfloat16},
         {"model_config__quantization": "fp8"},
+        {"model_config__quantization_config": {"linear": {"weight": "mxfp4"}}},
+        {"model_config__model_impl": "transformers"},
+        {"model_config__model_class_overrides": {"LlamaForCausalLM": "my:Model"}},
+        {"model_config__multimodal_config": SimpleNamespace(mm_processor_kwargs={"do_normalize": False})},
+        {"model_config__multimodal_config": SimpleNamespace(mm_encoder_attn_dtype="fp8")},
         {"model_config__seed": 1},
         {"cache_config__cache_dtype": "fp8"},
         {"model_config__hf_text_config": Config(rope_parameters={"rope_theta": 5e5, "rope_type": "default"})},
@@ -394,6 +403,12 @@ def test_identity_ignores_what_does_not_change_kv() -> None:
     yarn = Config(rope_parameters={"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0})
     lengths = {_digest(model_config__hf_text_config=yarn, model_config__max_model_len=n) for n in (1024, 4096)}
     assert len(lengths) == 2
+
+
+def test_settings_at_their_defaults_leave_the_identity_as_it_was() -> None:
+    plain = SimpleNamespace(mm_processor_kwargs=None, mm_encoder_attn_backend=None, video_pruning_rate=None)
+    left = {"quantization_config": None, "model_impl": "auto", "model_class_overrides": {}, "multimodal_config": plain}
+    assert _digest(**{f"model_config__{name}": value for name, value in left.items()}) == _digest()
 
 
 def test_identity_of_files(tmp_path: Path) -> None:
@@ -460,6 +475,19 @@ def request(**changes: Any) -> Any:
 )
 def test_requests_that_token_ids_do_not_name(changes: dict[str, Any], reason: str) -> None:
     assert compat.refuse_request(request(**changes)) == reason
+
+
+@pytest.mark.parametrize("gigabytes, prefixes, named", [(4, False, True), (0, True, True), (0, False, False)])
+def test_images_that_vllm_only_counts_are_not_told_apart(gigabytes: float, prefixes: bool, named: bool) -> None:
+    """Without a cache for them their names are numbers, which mean other images in another process."""
+    config = engine_config(
+        model_config__multimodal_config=SimpleNamespace(mm_processor_cache_gb=gigabytes),
+        cache_config__enable_prefix_caching=prefixes,
+    )
+    assert compat.names_inputs(config) is named
+    asked = request(mm_features=[SimpleNamespace(identifier="renderer0-mm-1-image-0")])
+    assert compat.refuse_request(asked, named=named) == ("" if named else "multimodal")
+    assert compat.refuse_request(request(), named=named) == ""
 
 
 def image(identifier: str, offset: int, length: int, modality: str = "image") -> MultiModalFeatureSpec:

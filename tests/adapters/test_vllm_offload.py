@@ -423,7 +423,32 @@ REFUSED = {
     "lora": ({"lora_config": object()}, None, "--enable-lora"),
     "hashes": ({"cache_config__prefix_caching_hash_algo": "xxhash"}, None, "xxhash"),
     "diffusion": ({"model_config__is_diffusion": True}, None, "later tokens"),
+    "images": (
+        {
+            "model_config__multimodal_config": SimpleNamespace(mm_processor_cache_gb=0),
+            "cache_config__enable_prefix_caching": False,
+        },
+        None,
+        "images are named by a number",
+    ),
 }
+
+
+def test_a_reset_of_the_tier_that_cannot_tell_whose_the_kv_is(
+    tiered: Callable[..., Tiered], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = tiered()
+    keys = keys_of(1, 2)
+    one.store(keys)
+    one.settle()
+
+    def gone() -> Any:
+        raise Unsupported("no files")
+
+    assert one.tier._store is not None
+    monkeypatch.setattr(one.tier._store, "_identify", gone)
+    one.manager.reset_cache()
+    assert one.tier.lookup(keys[0], one.request()) is MISS
 
 
 @pytest.mark.parametrize("changes, groups, why", REFUSED.values(), ids=REFUSED)
@@ -825,6 +850,49 @@ def test_a_reset_while_workers_copy(offloaded: Callable[..., Offloaded]) -> None
     assert one.load(fresh) == 2
     settle(one.manager.pipeline)
     assert one.store(keys_of(11, 12, 13, 14, 15, 16)) == 6
+
+
+def test_a_reset_that_cannot_tell_whose_the_kv_is(
+    offloaded: Callable[..., Offloaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of the weights are gone, or a tenant has no identity left. vLLM must see its reset succeed."""
+    one = offloaded(slots=6)
+    output, context, new = one.begin_store(keys_of(1, 2))
+
+    def gone() -> Any:
+        raise Unsupported("no files")
+
+    monkeypatch.setattr(one.manager.store, "_identify", gone)
+    one.manager.reset_cache()
+    one.copy_out(new, output.store_spec)
+    one.manager.on_request_finished(context)
+    assert one.load(keys_of(1, 2)) == one.store(keys_of(3)) == 0
+    one.manager._drop_stale()  # nothing is stored any more, and so no later job says that the workers have ended
+
+
+def test_windows_over_a_medium_that_has_to_be_asked(
+    engine: SimpleNamespace, injector: FaultInjector, tmp_path: Path
+) -> None:
+    """vLLM seeks the chunks of a window from the right, where a prompt is longer than what is stored."""
+    engine.groups = cache_config(spec(), window(64))
+    names = tuple(tuple(group.layer_names) for group in engine.groups.kv_cache_groups)
+    groups = tuple(OffloadingGroupConfig(BLOCK, layers, number) for number, layers in enumerate(names))
+    one = Offloaded(asked(tmp_path, 8192), groups=groups)
+    keys = keys_of(*range(6), group=1)
+    one.store(keys[:4])
+    one.close()
+    two = Offloaded(asked(tmp_path, 8192), groups=groups)
+    context = two.request()
+    for _ in range(6):
+        answers = [two.manager.lookup(key, context) for key in reversed(keys)]
+        if RETRY not in answers:
+            break
+        two.step()
+        for transfer in [t for request in two.manager._requests.values() for t in request.waiting.values()]:
+            transfer.wait(30)
+    assert answers == [MISS] * 2 + [HIT] * 4
+    two.manager.on_request_finished(context)
+    two.close()
 
 
 def test_events_of_memory(offloaded: Callable[..., Offloaded]) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
 import pytest
 from fake_vllm import (
     BLOCK,
@@ -486,3 +490,90 @@ def test_idle_steps_leave_the_interpreter_to_the_readers(monkeypatch: pytest.Mon
     monkeypatch.undo()
     storage.gate.set()
     engine.run()
+
+
+class Lazy:
+    """A thread that comes to its work only when it is waited for."""
+
+    def submit(self, call: Callable[..., None], *args: object) -> Future[None]:
+        class Job(Future[None]):
+            def result(self, timeout: float | None = None) -> None:
+                call(*args)
+
+        return Job()
+
+    def shutdown(self) -> None: ...
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_steps_scheduled_on_top_of_unannounced_layers_are_not_saved(lag: int) -> None:
+    """The engine computed on before its blocks were filled, and the next step on what came of that."""
+    pipeline = make_pipeline(64)
+    prompt = tokens(8 * CHUNK)
+    ask(FakeEngine(pipeline), prompt[: 4 * CHUNK])
+    engine: Any = FakeEngine(pipeline, by_layer=True, lag=lag, budget=CHUNK)
+    ask(engine, tokens(20, 5))  # attaches
+    (worker,) = engine.workers
+    worker.wait_layer = lambda name: None
+    worker._pool.shutdown()
+    worker._pool = Lazy()
+    request = engine.add(FakeRequest("graph", prompt, 3))
+    engine.verify = False
+    engine.run()
+    assert request.output == answer(prompt, 3)
+    other = FakeEngine(pipeline)
+    for _ in range(2):
+        assert ask(other, prompt).external  # every page that is loaded is compared
+    settle(pipeline)
+    engine.close()
+
+
+def test_a_load_that_fails_after_a_reset_refused_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = DictStorage()
+    prompt = tokens(4 * CHUNK)
+    keys = fill(storage, prompt)
+    storage.gate.clear()
+    storage.broken.add(keys[2])
+    engine = FakeEngine(make_pipeline(32, storage), overlap=True)
+    ask(engine, tokens(20, 5))
+    request = engine.add(FakeRequest("r", prompt, 2))
+    for _ in range(3):
+        engine.step()
+    assert request.receiving
+    with monkeypatch.context() as patch:  # its tenant has no identity left, or the files of its adapter are gone
+        patch.setattr(engine.connector, "_admit", lambda request: "tenant")
+        engine.connector.clear()
+    storage.gate.set()
+    engine.run()
+    assert request.output == answer(prompt, 2)
+    assert not engine.connector.disabled
+
+
+def test_a_rank_whose_saves_are_never_made_publishes_nothing() -> None:
+    """vLLM's first model runner takes the report of a rank before `wait_for_save`, which drafts put off."""
+    pipeline = make_pipeline(64, layout=assemble({(0, 0): [BLOCK_LAYOUT], (1, 0): [BLOCK_LAYOUT]}, CHUNK)[0])
+    engine: Any = FakeEngine(pipeline, ranks=((0, 0), (1, 0)))
+    first = engine.workers[0]
+    whole, first.save = first.save, lambda plan: None
+    prompt = tokens(4 * CHUNK)
+    ask(engine, prompt)
+    first.save = whole
+    ask(engine, prompt)  # every page that is loaded is compared
+    settle(pipeline)
+
+
+def test_a_report_that_is_taken_before_its_saves_are_made_counts() -> None:
+    pipeline = make_pipeline(64)
+    engine: Any = FakeEngine(pipeline)
+    (worker,) = engine.workers
+    load, report, taken = worker.load, worker.report, []
+
+    def early(plan: Any) -> None:
+        load(plan)
+        taken.append(report())
+
+    worker.load, worker.report = early, lambda: taken.pop() if taken else None
+    prompt = tokens(4 * CHUNK)
+    ask(engine, prompt)
+    assert ask(engine, prompt).external == 4 * CHUNK - BLOCK
+    settle(pipeline)
