@@ -22,7 +22,9 @@ import numpy as np
 import pytest
 
 from lmcache_core.adapters import _page_store
+from lmcache_core.adapters._page_store import Store
 from lmcache_core.build import build
+from lmcache_core.config import load
 from lmcache_core.errors import ConfigError, Unsupported
 from lmcache_core.testing.faults import FaultInjector, Rates
 from lmcache_core.testing.invariants import settle
@@ -33,6 +35,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of vLLM and what it imports
     import torch
     from fake_gpu import COMPUTE, TASTES, Adversary, Taste, adversary
+    from fake_vllm import CHUNK, IDENTITY, LAYOUT
     from test_vllm_compat import cache_config, engine_config, spec, window
     from vllm.v1.kv_offload.base import (
         CanonicalKVCacheRef,
@@ -870,29 +873,27 @@ def test_a_reset_that_cannot_tell_whose_the_kv_is(
     one.manager._drop_stale()  # nothing is stored any more, and so no later job says that the workers have ended
 
 
-def test_windows_over_a_medium_that_has_to_be_asked(
-    engine: SimpleNamespace, injector: FaultInjector, tmp_path: Path
-) -> None:
+def test_windows_over_a_medium_that_has_to_be_asked(injector: FaultInjector, tmp_path: Path) -> None:
     """vLLM seeks the chunks of a window from the right, where a prompt is longer than what is stored."""
-    engine.groups = cache_config(spec(), window(64))
-    names = tuple(tuple(group.layer_names) for group in engine.groups.kv_cache_groups)
-    groups = tuple(OffloadingGroupConfig(BLOCK, layers, number) for number, layers in enumerate(names))
-    one = Offloaded(asked(tmp_path, 8192), groups=groups)
+    config = load({**asked(tmp_path, 8192), "chunk_tokens": CHUNK}).config
     keys = keys_of(*range(6), group=1)
-    one.store(keys[:4])
-    one.close()
-    two = Offloaded(asked(tmp_path, 8192), groups=groups)
-    context = two.request()
+    one = Manager(Store(config, LAYOUT, lambda: IDENTITY, None, shared=True), windows={1})
+    context = ReqContext("r")
+    one.prepare_store(keys[:4], context)
+    one.complete_store(keys[:4], context)
+    assert one.pipeline.flush(5)
+    one.shutdown()
+    two = Manager(Store(config, LAYOUT, lambda: IDENTITY, None, shared=True), windows={1})
     for _ in range(6):
-        answers = [two.manager.lookup(key, context) for key in reversed(keys)]
+        answers = [two.lookup(key, context) for key in reversed(keys)]
         if RETRY not in answers:
             break
-        two.step()
-        for transfer in [t for request in two.manager._requests.values() for t in request.waiting.values()]:
+        two.on_schedule_end(ScheduleEndContext((), ()))
+        for transfer in two._requests["r"].waiting.values():
             transfer.wait(30)
     assert answers == [MISS] * 2 + [HIT] * 4
-    two.manager.on_request_finished(context)
-    two.close()
+    two.on_request_finished(context)
+    two.shutdown()
 
 
 def test_events_of_memory(offloaded: Callable[..., Offloaded]) -> None:
