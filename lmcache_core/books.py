@@ -154,19 +154,25 @@ class Books:
         """Take keys out of the index, to be deleted; their bytes stay set aside until they are."""
         assert self.index is not None
         gone: dict[ChunkKey, int] = {}
-        for key in keys:
+        for key in dict.fromkeys(keys):
             gone[key] = self.index.pop(key)
             self.policy.remove(key)
             if self.shares is not None:
                 self.shares.of(key).used -= gone[key]
         self.used -= sum(gone.values())
-        self.doubt(gone)
+        return self.doubt(gone)
+
+    def doubt(self, gone: dict[ChunkKey, int]) -> dict[ChunkKey, int]:
+        """The medium may have these though the index does not: set their bytes aside until they are deleted. Return
+        what to delete: these, with the bytes that are set aside for them already."""
+        self.held += sum(gone.values())
+        gone = {key: nbytes + self.undeleted.pop(key, 0) for key, nbytes in gone.items()}
+        self.deleting.update(gone)
         return gone
 
-    def doubt(self, gone: dict[ChunkKey, int]) -> None:
-        """The medium may have these though the index does not: set their bytes aside until they are deleted."""
-        self.held += sum(gone.values())
-        self.deleting.update(gone)
+    def again(self, keys: Iterable[ChunkKey]) -> dict[ChunkKey, int]:
+        """Those of the keys that the medium refused to delete, to be deleted now."""
+        return {key: self.undeleted.pop(key) for key in [*keys] if key in self.undeleted}
 
     def deleted(self, gone: dict[ChunkKey, int], keep: int = 0) -> None:
         """These are off the medium; `keep` of their bytes stay set aside, for what takes their place."""
@@ -176,7 +182,11 @@ class Books:
 
     def refused(self, gone: dict[ChunkKey, int]) -> None:
         """The medium did not delete these: they are tried again. Without an index only the latest are remembered."""
-        self.undeleted.update((key, nbytes) for key, nbytes in gone.items() if key in self.deleting)
+        for key, nbytes in gone.items():
+            if key in self.deleting:
+                self.undeleted[key] = nbytes
+            else:
+                self.held -= nbytes  # replaced or deleted by somebody else meanwhile
         while self.index is None and len(self.undeleted) > MOST_TOMBSTONES:
             oldest = next(iter(self.undeleted))
             del self.undeleted[oldest], self.deleting[oldest]

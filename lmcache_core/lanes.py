@@ -166,9 +166,13 @@ class Lane:
         first: dict[str | None, int] = {}
         for at, item in enumerate(queue):
             first.setdefault(item.owner, at)
-        owner = min(first, key=lambda owner: self._turns.get(owner, -1))
+        # Who comes anew has waited as long as whoever waits longest, and no longer: else those who come and go would
+        # always be before those who stay.
+        earliest = min((self._turns[owner] for owner in first if owner in self._turns), default=self._turn)
+        turns = {owner: self._turns.get(owner, earliest) for owner in first}
+        owner = min(first, key=turns.__getitem__)
         self._turn += 1
-        self._turns = {other: self._turns.get(other, -1) for other in first} | {owner: self._turn}
+        self._turns = turns | {owner: self._turn}
         item = queue[first[owner]]
         del queue[first[owner]]
         return item

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ class Use:
     stream: int
     places: list[int]
     """Of the first so many slots; -1 where the work uses the slot itself."""
+    passed: Event
+    """For the end of that work. Made before the work is: where none can be had, none may be queued."""
 
 
 def place_bytes(chunk_bytes: int) -> int:
@@ -88,6 +91,7 @@ class Mirror:
         What has no copy yet gets one, as far as there is room, and is read from its slot otherwise. Also: which had a
         copy. `after` ends the use.
         """
+        passed = Event(self.device)
         with self._order:
             with self._lock:
                 places = [self._pin(slot) for slot in slots]
@@ -103,6 +107,8 @@ class Mirror:
             except BaseException:
                 with self._lock:
                     self._unpin([*(place for place in places if place != _NOWHERE), *fresh])
+                with suppress(CudaError):
+                    passed.close()
                 raise
             with self._lock:
                 for i, place in zip(rising, fresh, strict=True):
@@ -114,11 +120,12 @@ class Mirror:
                 self.counts["hit"] += sum(found)
                 self.counts["promoted"] += len(fresh)
                 self.counts["beside"] += len(absent) - len(fresh)
-        return self._addresses(slots, places), Use(stream, places), found
+        return self._addresses(slots, places), Use(stream, places, passed), found
 
     def room(self, slots: Sequence[int], stream: int) -> tuple[NDArray[np.int64], Use]:
         """Addresses to which work queued on `stream` from now on can write chunks for reserved slots: places, then the
         slots themselves where there are no more. `land` or `after` ends the use."""
+        passed = Event(self.device)
         with self._order:
             with self._lock:
                 taken = self._take(len(slots))
@@ -128,16 +135,19 @@ class Mirror:
             except BaseException:
                 with self._lock:
                     self._unpin(taken)
+                with suppress(CudaError):
+                    passed.close()
                 raise
-        return self._addresses(slots, places), Use(stream, places)
+        return self._addresses(slots, places), Use(stream, places, passed)
 
     def land(self, use: Use, slots: Sequence[int], commit: Callable[[], object], abort: Callable[[], object]) -> None:
         """Copy down what the stream's work has left in places, then `commit`; `abort` if CUDA fails. Never waits."""
         held = [(slot, place) for slot, place in zip(slots, use.places, strict=False) if place != _NOWHERE]
         places = [place for _, place in held]
+        uncopied: list[CudaError] = []
 
         def ended(error: CudaError | None) -> None:
-            if error is None:
+            if error is None and not uncopied:
                 with self._lock:
                     # Before anybody can see the slot: should it be given back, its copy is forgotten.
                     for slot, place in held:
@@ -151,20 +161,22 @@ class Mirror:
 
         with self._order:
             try:
-                filled, landed = Event(self.device), Event(self.device)
-                filled.record(use.stream)
-                filled.hold(self._down.handle)
-                filled.close()
-                if held:
-                    self._copy(places, [slot for slot, _ in held], self._down, up=False)
-                landed.record(self._down.handle)
+                use.passed.record(use.stream)
+                use.passed.hold(self._down.handle)
+                try:
+                    if held:
+                        self._copy(places, [slot for slot, _ in held], self._down, up=False)
+                except CudaError as error:
+                    self._failed(error)
+                    uncopied.append(error)  # some may be on their way: not before they have ended
+                use.passed.record(self._down.handle)
             except CudaError as error:
                 self._failed(error)
                 abort()
                 with self._lock:
                     self._unpin(places)
                 return
-            self._later(landed, ended)
+            self._later(use.passed, ended)
 
     def after(self, use: Use, then: Callable[[], object]) -> None:
         """Call `then`, and let go of the places, when what was queued on the stream is done. Never waits."""
@@ -175,13 +187,12 @@ class Mirror:
             then()
 
         try:
-            passed = Event(self.device)
-            passed.record(use.stream)
+            use.passed.record(use.stream)
         except CudaError as error:
             self._failed(error)
             ended(error)
             return
-        self._later(passed, ended)
+        self._later(use.passed, ended)
 
     # -- books -------------------------------------------------------------------------------------------------
     def forget(self, slots: Sequence[int]) -> None:

@@ -538,7 +538,7 @@ class Pipeline:
             slots, lease._slots = lease._slots, None
             if slots and lease._use is None:
                 self.slots.unpin(slots)
-        if slots and lease._use is not None:
+        if slots is not None and lease._use is not None:  # an empty one has an event all the same
             self._after(lease._use, partial(self._unpin, slots))
 
     def _unpin(self, slots: Sequence[int]) -> None:
@@ -720,8 +720,8 @@ class Pipeline:
             if isinstance(present, list) and not any(present) and not tier.owes(keys):
                 gone.append(tier)
 
-        if self.mirror is not None:
-            self.mirror.drain(timeout)  # stores that a device has not finished yet
+        # Stores that a device has not finished yet.
+        landed = self.mirror is None or self.mirror.drain(timeout)
         with self._lock:
             self._check_open()
             self._void.update(keys)
@@ -729,11 +729,13 @@ class Pipeline:
                 if key in self.slots.index:
                     self.slots.hide(key)
         try:
-            finish_within(timeout, [partial(delete, tier) for tier in self.tiers], "discard")
+            finish_within(max(0.0, end - monotonic()), [partial(delete, tier) for tier in self.tiers], "discard")
         finally:
             with self._lock:
                 self._void -= Counter(keys)
         left = [f"{tier.name} ({tier.last_error or 'no answer'})" for tier in self.tiers if tier not in gone]
+        if self.mirror is not None and not landed:
+            left.insert(0, f"{self.mirror.name} (still being stored)")
         if left:
             raise BackendError(f"not deleted, and may be served again: {', '.join(left)}")
 

@@ -146,7 +146,7 @@ class StorageTier:
         except PLUGIN_ERRORS as error:
             self._failed("contains", error)
             return MissReason.ERROR
-        unwanted = self.books.undeleted
+        unwanted = self.books.deleting
         return [there and key not in unwanted for key, there in zip(keys, found, strict=True)] if unwanted else found
 
     def has(self, key: ChunkKey) -> bool:
@@ -279,7 +279,9 @@ class StorageTier:
         """Delete, on the write lane, what the medium refused to delete: at most one attempt at a time."""
 
         def run() -> Outcome:
-            done = self._delete({})
+            done = self._delete_again()
+            if not done:
+                self._delete_apart()
             self._retrying = False
             return None if done else MissReason.ERROR
 
@@ -386,10 +388,11 @@ class StorageTier:
                 books.doubt(gone)
             else:
                 gone = books.take_out([key for key in keys if key in books.index])
-            again = any(key in books.undeleted for key in keys)
-        if gone or again:
+            count = len(gone)
+            gone = {**books.again(keys), **gone}
+        if gone:
             self._delete(gone)
-        return len(gone)
+        return count
 
     # -- writing ---------------------------------------------------------------------------------------------
     def _encode(self, serde: Serde, new: Sequence[int], job: Write) -> None:
@@ -450,7 +453,7 @@ class StorageTier:
             if books.index is None:
                 break
         if todo and books.undeleted:
-            self._delete({})
+            self._delete_again()
         if victims is None and len(todo) > 1:
             # Not all together; perhaps the first of them.
             half = len(todo) // 2
@@ -498,16 +501,12 @@ class StorageTier:
 
     # -- deleting --------------------------------------------------------------------------------------------
     def _delete(self, gone: dict[ChunkKey, int], keep: int = 0) -> bool:
-        """Delete what was taken out of the index, and what could not be deleted before; whether that is done.
+        """Delete what was taken out of the index; whether that is done.
 
-        `keep`: bytes of it that stay set aside then, for what takes their place.
+        `keep`: bytes of it that stay set aside then, for what takes their place. What could not be deleted before is
+        not in the same call: one object that never can be would stop all evictions.
         """
         books = self.books
-        with self._lock:
-            again = {key: nbytes for key, nbytes in books.undeleted.items() if key not in self._writing}
-            for key in again:
-                del books.undeleted[key]
-            gone = {**again, **gone}
         done = not gone or self._medium_delete(list(gone))
         with self._lock:
             if done:
@@ -516,10 +515,26 @@ class StorageTier:
                 books.refused(gone)
         return done
 
+    def _delete_again(self) -> bool:
+        """Delete what could not be deleted before; whether that is done."""
+        with self._lock:
+            gone = self.books.again(key for key in self.books.undeleted if key not in self._writing)
+        return self._delete(gone)
+
+    def _delete_apart(self) -> None:
+        """The same, one by one: perhaps one stands in the way of the others. Not all, where the medium is dead."""
+        failed, keys = 0, list(self.books.undeleted)
+        for key in keys if len(keys) > 1 else ():
+            with self._lock:
+                gone = self.books.again([] if key in self._writing else [key])
+            failed += not self._delete(gone)  # then it is the last in the queue
+            if failed == 2:
+                break
+
     def _delete_doubtful(self, sizes: dict[ChunkKey, int]) -> None:
         """Delete what should not be there and may be, by key with its bytes."""
         with self._lock:
-            self.books.doubt(sizes)
+            sizes = self.books.doubt(sizes)
         self._delete(sizes)
 
     def _medium_delete(self, keys: Sequence[ChunkKey]) -> bool:

@@ -8,6 +8,7 @@ import json
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lmcache_core import _cuda, cli
 from lmcache_core.build import build
 from lmcache_core.config import PipelineConfig, TierConfig, load
 from lmcache_core.copies import PageGeometry
-from lmcache_core.errors import BackendUnavailable, ConfigError
+from lmcache_core.errors import BackendError, BackendUnavailable, ConfigError
 from lmcache_core.gpu import CudaError, Event, GpuPagedKV, How, Stream
 from lmcache_core.layout import KVLayout
 from lmcache_core.mirror import Mirror
@@ -301,18 +302,16 @@ def test_a_device_that_fails_costs_the_copy_and_nothing_else(
     gpu, names = engine(pipeline), keys(2)
     store(pipeline, names)
     cuda.fail[call] = LOST
-    if call == "event_create":
+    early = call in ("wait", "event_create")  # told before anything is queued
+    with pytest.raises(CudaError, match="launch failure"):
         gpu.serve(names)
-    else:
-        with pytest.raises(CudaError, match="launch failure"):
-            gpu.serve(names)
-    if call != "wait":
+    if not early:
         assert gpu.store(keys(2, 100)) == 2
     else:
         with pytest.raises(CudaError):
             gpu.store(keys(2, 100))
     assert pipeline.flush(10) and pipeline.lookup(keys(2, 100)).count == 0
-    assert call == "wait" or mirror(pipeline).stats()["errors"]
+    assert early or mirror(pipeline).stats()["errors"]
     cuda.fail.clear()
     settle(pipeline)
     assert gpu.serve(names) and gpu.store(keys(2, 100)) == 2
@@ -528,3 +527,55 @@ class TestGpuMemory(MemoryBackendTests):
     @pytest.fixture
     def open_memory(self, cuda: FakeCuda) -> Any:
         return GPU.build
+
+
+def test_discard_says_so_when_a_device_was_not_done(cuda: FakeCuda, pipelines: Make) -> None:
+    pipeline = pipelines(tier())
+    cuda.gate.clear()
+    pipeline.store(keys(2), lambda room: room.on_device(0))
+    try:
+        with pytest.raises(BackendError, match="hbm"):
+            pipeline.discard(keys(2), timeout=0.1)
+    finally:
+        cuda.gate.set()
+
+
+def test_an_event_that_cannot_be_made_at_release_serves_no_wrong_bytes(
+    cuda: FakeCuda, pipelines: Make, engine: Callable[[Pipeline], Engine]
+) -> None:
+    pipeline = pipelines(places=2, slots=4)
+    gpu, names = engine(pipeline), keys(2)
+    store(pipeline, names)
+    lease = pipeline.retrieve(names)
+    with suppress(CudaError):
+        gpu.check(lease)  # queued on the stream, not run yet
+    cuda.fail["event_create"] = NO_MEMORY  # a device as full as engines like it; no launch was lost
+    lease.release()
+    cuda.fail.clear()
+    store(pipeline, keys(4, 100))  # takes the slots, if they are free
+    other = engine(pipeline)
+    with suppress(CudaError), pipeline.retrieve(keys(4, 100)[:2]) as lease:
+        other.check(lease)
+    other.finish()
+    gpu.finish()  # compares every byte
+    assert gpu.read == 2
+
+
+def test_an_event_that_cannot_be_made_at_commit_lets_no_late_write_into_other_chunks(
+    cuda: FakeCuda, pipelines: Make, engine: Callable[[Pipeline], Engine]
+) -> None:
+    pipeline = pipelines(places=2, slots=4)
+    gpu, names = engine(pipeline), keys(4)
+    room = pipeline.reserve(names)
+    gpu.write(names, room)  # 2 into places, 2 straight into slots; queued
+    cuda.fail["event_create"] = NO_MEMORY
+    room.commit()
+    cuda.fail.clear()
+    others = keys(4, 100)
+    stored = store(pipeline, others)
+    gpu.finish()
+    with pipeline.retrieve(others[:stored]) as lease:
+        wrong = [
+            i for i, key in enumerate(lease.keys) if bytes(lease.view(i)) != chunk(key, pipeline.layout.chunk_bytes)
+        ]
+    assert not wrong, f"chunks {wrong} of another prefix were overwritten, and are served"

@@ -455,3 +455,34 @@ def test_asking_whether_it_refuses_takes_no_probe(breaker: Breaker, clock: Clock
     assert breaker.trips == 2
     breaker.forgo()
     assert breaker.trips == 2, "there was no probe to forgo"
+
+
+def test_owners_who_come_and_go_do_not_starve_one_who_stays() -> None:
+    lane = Lane("test", 1, max_jobs=64, max_bytes=1000, deadline=30.0, breaker=Breaker())
+    gate, log, left = threading.Event(), [], [60]
+
+    def refuse(_: MissReason) -> None:
+        raise AssertionError
+
+    def steady() -> None:
+        log.append("b")
+
+    def fleeting(me: str, other: str) -> Callable[[], None]:
+        def run() -> None:
+            log.append(me)
+            left[0] -= 1
+            if left[0] > 0:
+                assert lane.submit(fleeting(other, me), refuse, 1, owner=other) is None
+
+        return run
+
+    lane.submit(lambda: gate.wait(30) and None, refuse, 0)
+    for _ in range(20):
+        assert lane.submit(steady, refuse, 1, owner="b") is None
+    assert lane.submit(fleeting("a", "c"), refuse, 1, owner="a") is None
+    assert lane.submit(lambda: log.append("c"), refuse, 1, owner="c") is None
+    gate.set()
+    assert lane.drain(10)
+    lane.stop()
+    first = "".join(log[:40])
+    assert first.count("b") >= 10, first

@@ -699,3 +699,98 @@ def test_results_for_other_than_every_key_are_an_error(make: Callable[..., Stora
     put(tier, keys(3))
     assert get(tier, keys(3)) == [MissReason.ERROR] * 3
     assert BackendError.__name__ in tier.last_error and "2 results for 3 keys" in tier.last_error
+
+
+def test_one_object_that_cannot_be_deleted_does_not_stop_eviction(make: Callable[..., Any]) -> None:
+    """A file on a bad directory block, an object under retention: all others can still be evicted."""
+
+    class Sticky(Medium):
+        stuck: ChunkKey | None = None
+
+        def delete(self, keys: Sequence[ChunkKey]) -> None:
+            for key in keys:
+                if key == self.stuck:
+                    raise OSError(5, "bad block")
+                super().delete([key])
+
+    medium = Sticky()
+    tier = make(medium, capacity=8 * OBJECT)
+    assert put(tier, keys(8)) == [None] * 8
+    medium.stuck = keys(8)[7]  # the coldest
+    for at in range(100, 120):
+        put(tier, keys(1, at))
+        swept(tier)
+    stored = [put(tier, keys(1, at))[0] for at in range(200, 210)]
+    left = len(tier.books.index), len(tier.books.undeleted)
+    medium.stuck = None
+    tier._delete_breaker._until = 0.0
+    swept(tier)
+    assert stored == [None] * 10, (stored, left)
+    assert left == (7, 1)
+    assert medium.peak <= 8 * OBJECT
+
+
+def test_what_is_being_deleted_again_is_not_served(make: Callable[..., Any]) -> None:
+    medium = Medium(scannable=False, local=True)
+    tier = make(medium)
+
+    def clear(_: Sequence[ChunkKey]) -> None:
+        tier.begin_wipe()
+        tier.wipe()
+        medium.fail_delete = True
+
+    medium.before_put = clear
+    put(tier, keys(2))  # reached the medium after it was cleared
+    assert tier.present(keys(2)) == [False, False]
+    medium.fail_delete = False
+    seen: list[Any] = []
+    delete = medium.delete
+
+    def slowly(names: Sequence[ChunkKey]) -> None:
+        seen.append(tier.present(keys(2)))
+        delete(names)
+
+    medium.delete = slowly  # type: ignore[method-assign]
+    swept(tier)
+    assert seen == [[False, False]]
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_clear_during_a_put_that_fails_leaks_no_room(make: Callable[..., Any], refuses: bool) -> None:
+    """The disk goes away, the operator clears the tier, the disk comes back: all its room is there again."""
+
+    class Gone(Medium):
+        gone = False
+
+        def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Exception | None]:
+            if not self.gone:
+                return super().put_from(keys, buffers)
+            tier.begin_wipe()
+            return [OSError(5, "gone")] * len(keys)
+
+        def delete(self, keys: Sequence[ChunkKey]) -> None:
+            if self.gone and not refuses and len(self.refusals) == 1:
+                self.gone = False
+            self.refusals.append(self.gone)
+            if self.gone:
+                raise OSError(5, "gone")
+            super().delete(keys)
+
+    medium = Gone()
+    medium.refusals = []
+    tier = make(medium, capacity=4 * OBJECT)
+    medium.gone = True
+    assert put(tier, keys(2)) == [MissReason.ERROR] * 2
+    medium.gone = False
+    tier.wipe()
+    assert not tier.wiping
+    swept(tier)
+    assert (tier.books.held, tier.books.undeleted, tier.books.deleting) == (0, {}, {})
+    assert put(tier, keys(4, 50)) == [None] * 4
+
+
+def test_keys_given_twice_are_deleted_once(make: Callable[..., Any]) -> None:
+    tier = make(Medium(), capacity=8 * OBJECT)
+    put(tier, keys(3))
+    assert tier.forget([*keys(2), *keys(2)]) == 2
+    tier.check()

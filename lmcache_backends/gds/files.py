@@ -113,14 +113,22 @@ class FileVolume:
         return results
 
     def delete(self, keys: Sequence[ChunkKey]) -> None:
-        """Unlink the files. Raise `OSError` for the first that cannot be."""
+        """Unlink the files. Raise `OSError` for the first that cannot be, after the others."""
+        failure: OSError | None = None
         for key in keys:
             killpoint("file.before_unlink")
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 leaf = self._leaf(key)
                 self.folder.unlink(key.hex(), leaf)
                 self._weigh(_path(key), leaf)  # xfs gives a directory's blocks back
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                failure = failure or error
+                continue
             self._forget(key)
+        if failure is not None:
+            raise failure
 
     def clear(self) -> None:
         """Remove every object, whoever stored it, durably: one rename, made lasting, and then the unlinking.

@@ -43,6 +43,9 @@ _VERSION = 1
 _SUPERBLOCK = struct.Struct("<8sQQQQ")
 _NOT_OURS = (errno.ELOOP, errno.EPERM, errno.EISDIR, errno.ENXIO)
 _SCAN_PAGES = 256
+_BAD_BLOCKS = (errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EREMOTEIO)
+"""What a read of bad blocks ends with: EIO through the page cache; direct I/O passes on what the block layer says,
+ENODATA for a medium error, EILSEQ for a failed protection check, EREMOTEIO for a failed target."""
 
 
 class SegmentVolume:
@@ -114,12 +117,13 @@ class SegmentVolume:
                 entry.unread = False
             elif got >= 0:
                 results[i] = CorruptChunk(MissReason.CORRUPT, f"{entry.segment.name} ends inside the object")
-            elif got == -errno.EIO and entry.unread:
-                # Bad blocks: kept, it would fail every request for its prefix, and never be stored anew.
-                results[i] = CorruptChunk(MissReason.CORRUPT, f"{entry.segment.name} cannot be read, twice in a row")
+            elif -got in _BAD_BLOCKS and entry.unread:
+                # Bad blocks: kept, it would fail every request for its prefix, and never be stored anew. An error all
+                # the same: a disk that can read nothing must not look sound.
+                results[i] = CorruptChunk(MissReason.ERROR, f"{entry.segment.name} cannot be read, twice in a row")
             else:
                 results[i] = transfer.failure(got, entry.segment.name)
-                entry.unread = got == -errno.EIO
+                entry.unread = -got in _BAD_BLOCKS
         return results
 
     def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
@@ -162,8 +166,10 @@ class SegmentVolume:
                 return
             killpoint("delete.before_tombstone")
             # A journal that cannot be written is broken, and rewritten before any slot is used again.
-            with contextlib.suppress(OSError):
+            try:
                 self._log([_record(Kind.DELETE, key, entry) for key, entry in gone])
+            except OSError:
+                self._journal.broken = True
             killpoint("delete.after_tombstone")
             with self._lock:
                 for _, entry in gone:
