@@ -132,7 +132,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=4104)
     parser.add_argument("--mbit", type=int, default=1000)
     parser.add_argument("--slow-mbit", type=int, default=100, help="the speed it falls to")
-    parser.add_argument("--slow-after", type=float, default=0.15, help="seconds after the question")
+    parser.add_argument("--slow-after", type=float, default=0.1, help="seconds after the question")
     parser.add_argument("--target", type=float, default=1.0, help="seconds the adaptive level aims at")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="fewer levels and repetitions")

@@ -235,7 +235,7 @@ def _plan(
                 problems.append(_lossy(tier))
                 return None
         largest = object_bytes(serde.bound() if serde else layout.chunk_bytes)
-        staging = 2 * tier.lane.threads * STAGING_PER_THREAD * staging_buffer_bytes(serde) if serde else 0
+        staging = 2 * tier.threads * STAGING_PER_THREAD * staging_buffer_bytes(serde) if serde else 0
     except _PLUGIN_ERRORS as error:
         kind = tier.serde.type if tier.serde else ""
         what = f"serde {kind!r} cannot encode these chunks: {_said(error)}"
@@ -262,7 +262,7 @@ def _plan(
         tier=tier.name,
         object_bytes=largest,
         capacity=tier.capacity,
-        threads=2 * tier.lane.threads + ASK_THREADS,
+        threads=2 * tier.threads + ASK_THREADS,
         deadline=tier.lane.deadline,
         lookup_deadline=tier.lane.lookup_deadline,
     )
@@ -409,7 +409,7 @@ def _tier(
     staging = None
     if tier.serde is not None:
         region = memory.allocate(tier.staging_bytes)
-        staging = Staging(region, staging_buffer_bytes(tier.serde), 2 * lane.threads)
+        staging = Staging(region, staging_buffer_bytes(tier.serde), 2 * config.threads)
     try:
         for region in [slots.region, *([staging.region] if staging else ())]:
             backend.register(region)
@@ -428,7 +428,7 @@ def _tier(
             write=config.write,
             promote=config.promote,
             capacity=config.capacity,
-            threads=lane.threads,
+            threads=config.threads,
             queue=lane.queue,
             # Queued writes pin slots: never more than a quarter of memory for one tier.
             inflight=min(lane.inflight, slots.region.nbytes // 4),

@@ -90,6 +90,8 @@ class BackendConfig(Frozen, ABC):
     """True when `build` returns a `MemoryBackend`: known from the class, before anything is built."""
     on_device: ClassVar[bool] = False
     """True when that is the memory of a GPU: a tier of copies, above the one in host memory."""
+    lane_threads: ClassVar[int] = 4
+    """Threads of each direction where the configuration names no number: more for a medium that wants a deep queue."""
 
     type: str
 

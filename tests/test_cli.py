@@ -213,7 +213,7 @@ def test_explain(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatc
     assert settings["tiers[1].lane.deadline"] == (0.5, "env:LMCACHE__TIERS__DISK__LANE__DEADLINE")
     assert settings["tiers[1].write"] == ("through", "default")
     budget = result["budget"]
-    assert (budget["memory_bytes"], budget["threads"], budget["inflight_bytes"]) == (4 << 20, 10, {"disk": 1 << 30})
+    assert (budget["memory_bytes"], budget["threads"], budget["inflight_bytes"]) == (4 << 20, 18, {"disk": 1 << 30})
     assert budget["disks"][0]["path"] == str(tmp_path / "kv")
     assert [fit["model"] for fit in result["fits"]] == list(layouts.PRESETS)
     assert not (tmp_path / "kv").exists(), "explaining builds nothing"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -35,6 +35,9 @@ def _absolute(path: Path) -> Path:
 
 class GdsConfig(BackendConfig):
     """A directory on a local disk or a network file system."""
+
+    lane_threads: ClassVar[int] = 8
+    """While some threads check what they read, or seal what they write, others keep the device busy."""
 
     type: Literal["gds"] = "gds"
     path: Annotated[Path, AfterValidator(_absolute)]

@@ -98,12 +98,12 @@ def settings(loaded: Loaded) -> list[dict[str, Any]]:
 
 def budget(loaded: Loaded) -> dict[str, Any]:
     """What the pipeline will take from the machine, in bytes and counts."""
-    memory, *storage = loaded.config.tiers
+    memory, *storage = loaded.config.host_tiers
     return {
         "memory_bytes": memory.capacity,
         "memory_available_bytes": machine.memory_available(),
         "memory_total_bytes": machine.memory_total(),
-        "threads": sum(2 * tier.lane.threads + ASK_THREADS for tier in storage),
+        "threads": sum(2 * tier.threads + ASK_THREADS for tier in storage),
         "recompute_tokens_s": loaded.config.recompute.tokens_per_s,
         "recompute_factor": loaded.config.recompute.factor,
         "inflight_bytes": {tier.name: tier.lane.inflight for tier in storage},
@@ -128,7 +128,7 @@ def _disk(tier: TierConfig) -> dict[str, Any] | None:
 
 def fits(loaded: Loaded, name: str, layout: KVLayout, plugins: Plugins) -> dict[str, Any]:
     """How many chunks and tokens of one layout every tier holds. Encoded tiers hold at least that."""
-    memory, *storage = loaded.config.tiers
+    memory, *storage = loaded.config.host_tiers
     slot = round_up(object_bytes(layout.chunk_bytes))
     staging = beside_slots(loaded.config, layout, plugins)
     held: dict[str, int | None] = {memory.name: max(0, ((memory.capacity or 0) - staging) // slot)}

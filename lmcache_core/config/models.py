@@ -147,8 +147,9 @@ Capacity = Annotated[
 class LaneConfig(Frozen):
     """Threads and bounded queues of one storage tier."""
 
-    threads: Annotated[int, Field(ge=1, le=256), _WHOLE] = 4
-    """Threads for reading, and as many for writing; while some wait for the medium, others seal, verify and encode."""
+    threads: Annotated[int, Field(ge=1, le=256), _WHOLE] | None = None
+    """Threads for reading, and as many for writing; while some wait for the medium, others seal, verify and encode.
+    By default what suits the backend: 8 for `gds` without a serde, otherwise 4."""
     queue: Annotated[int, Field(ge=1, le=65536), _WHOLE] = 64
     """Batches that may wait. A full queue drops new work and counts it; the engine never waits."""
     inflight: Annotated[ByteSize, Field(gt=0)] = 1 << 30
@@ -180,6 +181,14 @@ class TierConfig(Frozen):
     """Which chunk goes first when the tier is full."""
     lane: LaneConfig = LaneConfig()
     """Threads, queues and deadline of a storage tier."""
+
+    @property
+    def threads(self) -> int:
+        """Threads for reading, and as many for writing."""
+        if self.lane.threads is not None:
+            return self.lane.threads
+        # Encoding needs processors, and memory for each thread: more threads than the default do not make it faster.
+        return self.backend.lane_threads if self.serde is None else BackendConfig.lane_threads
 
     @model_validator(mode="after")
     def _check(self) -> Self:
