@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import re
 import sys
 from pathlib import Path
+from time import monotonic
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from fake_cuda import NO_MEMORY, installed
 
@@ -17,7 +20,7 @@ from lmcache_backends.cpu import CpuConfig, CpuMemory
 from lmcache_core.errors import BackendUnavailable
 from lmcache_core.plugins import Plugins
 from lmcache_core.protocols import BuildContext
-from lmcache_core.slots import map_shared
+from lmcache_core.slots import map_shared, prefer_huge_pages
 from lmcache_core.types import PAGE
 
 MIB = 1 << 20
@@ -27,16 +30,21 @@ def memory(*, pin: bool = False, shared: bool = False) -> CpuMemory:
     return CpuMemory(pin=pin, shared=shared)
 
 
-def resident(address: int) -> int:
-    """Resident bytes of the mapping that holds an address, by the kernel's own account."""
+def told(address: int, field: str) -> list[str]:
+    """What the kernel says of the mapping that holds an address."""
     current = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
         if bounds:
             current = int(bounds[1], 16) <= address < int(bounds[2], 16)
-        elif current and line.startswith("Rss:"):
-            return int(line.split()[1]) * 1024
-    return 0
+        elif current and line.startswith(field):
+            return line.split()[1:]
+    return []
+
+
+def resident(address: int) -> int:
+    """Resident bytes of the mapping that holds an address."""
+    return int((told(address, "Rss:") or ["0"])[0]) * 1024
 
 
 def open_fds() -> int:
@@ -79,6 +87,9 @@ def test_what_is_shared_is_mapped_by_its_share() -> None:
     other = map_shared(region.share)
     region.view[100:105] = b"bytes"
     assert bytes(other.view[100:105]) == b"bytes" and other.address != region.address
+    end = monotonic() + 20
+    while resident(other.address) < MIB:  # so that no copy has to fault them in
+        assert monotonic() < end
     before = open_fds()
     backend.close()
     assert open_fds() == before - 1
@@ -86,6 +97,14 @@ def test_what_is_shared_is_mapped_by_its_share() -> None:
         map_shared(region.share)
     # A copy that still runs must never lose its memory: views stay valid after close.
     assert bytes(region.view[100:105]) == b"bytes"
+
+
+def test_huge_pages_are_asked_for_in_memory_that_is_not_ours() -> None:
+    memory = mmap.mmap(-1, 8 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = int(np.frombuffer(memory, np.uint8).ctypes.data)
+    assert prefer_huge_pages(address + 100, 8 * MIB - 100)
+    assert "hg" in told(address + 4 * MIB, "VmFlags:")
+    assert not prefer_huge_pages(address, 0)
 
 
 def test_close_gives_everything_back() -> None:

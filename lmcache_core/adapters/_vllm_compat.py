@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from lmcache_core.errors import ConfigError, Problem, Unsupported
 from lmcache_core.gpu import CudaError, GpuPagedKV, How
 from lmcache_core.identity import Identity
 from lmcache_core.layout import DTYPE_BYTES, KVLayout
+from lmcache_core.slots import prefer_huge_pages
 
 try:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -245,6 +246,13 @@ def describe_pages(vllm_config: Any, kv_cache_config: Any, kv_caches: Mapping[st
     if known != kv_caches.keys():
         raise Unsupported(f"layers without a KV cache group of their own: {sorted(known ^ kv_caches.keys())}")
     return [_describe_group(vllm_config, kv_cache_config.num_blocks, group, kv_caches) for group in groups]
+
+
+def use_huge_pages(kv_caches: Iterable[torch.Tensor]) -> None:
+    """Let vLLM's KV, which is allocated and not touched yet, be in huge pages."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kv_caches}
+    for address, nbytes in storages.items():
+        prefer_huge_pages(address, nbytes)
 
 
 def _describe_group(vllm_config: Any, num_blocks: int, group: Any, kv_caches: Mapping[str, torch.Tensor]) -> Pages:

@@ -127,6 +127,8 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         """Describe the engine's pages, and prove on them that the description copies what it says."""
         try:
             groups = compat.describe_pages(self._vllm_config, self._kv_cache_config, kv_caches)
+            if groups[0].device is None:
+                compat.use_huge_pages(kv_caches.values())
             for pages in groups:
                 compat.prove_copies(pages)
             bound = [Group(pages.layout, pages.names, partial(compat.paged_kv, pages)) for pages in groups]
