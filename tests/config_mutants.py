@@ -202,6 +202,7 @@ VALID_SOMEWHERE = {
     ("pause", "0"),
     ("pause", "7200"),
     ("segment_bytes", "null"),
+    ("threads", "null"),
 }
 
 
