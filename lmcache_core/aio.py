@@ -27,7 +27,7 @@ import traceback
 import weakref
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
 from inspect import iscoroutinefunction
 from time import sleep
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -249,6 +249,8 @@ class AsyncStorage(StorageBackend):
             future.cancel()
             results = [BackendError("the event loop is blocked: a coroutine of this backend waits without awaiting")]
             results *= len(calls)
+        except CancelledError:  # by `close`; a client's thread may still be at it
+            results = [Closed(f"{type(self).__name__} was closed")] * len(calls)
         pause = _POLL_S
         while loans := [loan for loan in loans if not loan.ended()]:
             sleep(pause)
@@ -349,12 +351,17 @@ class DaemonPool(Executor):
         with self._lock:
             if self._closed:
                 raise Closed(f"{self._name} is closed")
-            self._queue.put((future, lambda: fn(*args, **kwargs)))
+            if self._free < 1 and self._threads < self._most:
+                try:
+                    threading.Thread(target=self._work, name=f"{self._name}-{self._threads + 1}", daemon=True).start()
+                except RuntimeError:  # the system has no thread left
+                    if not self._threads:
+                        raise
+                else:
+                    self._threads += 1
+                    self._free += 1
             self._free -= 1
-            if self._free < 0 and self._threads < self._most:
-                self._threads += 1
-                self._free += 1
-                threading.Thread(target=self._work, name=f"{self._name}-{self._threads}", daemon=True).start()
+            self._queue.put((future, lambda: fn(*args, **kwargs)))
         return future
 
     def shutdown(self, wait: bool = False, *, cancel_futures: bool = False) -> None:

@@ -36,6 +36,8 @@ class Books:
         gone."""
         self.undeleted: dict[ChunkKey, int] = {}
         """Those the medium refused to delete, until it does. Without an index they count as absent meanwhile."""
+        self._owed: dict[ChunkKey, int] = {}
+        """Bytes that count as `Share.owed`, by key: from the refusal until they are deleted."""
         self._counts = counts
 
     def open(self, found: Iterable[tuple[ChunkKey, int]] | None, footprint: Callable[[int], int]) -> None:
@@ -179,17 +181,26 @@ class Books:
         self.held -= sum(gone.values()) - keep
         for key in gone:
             self.deleting.pop(key, None)
+            self._owe(key, 0)
 
     def refused(self, gone: dict[ChunkKey, int]) -> None:
         """The medium did not delete these: they are tried again. Without an index only the latest are remembered."""
         for key, nbytes in gone.items():
             if key in self.deleting:
                 self.undeleted[key] = nbytes
+                self._owe(key, nbytes)
             else:
                 self.held -= nbytes  # replaced or deleted by somebody else meanwhile
         while self.index is None and len(self.undeleted) > MOST_TOMBSTONES:
             oldest = next(iter(self.undeleted))
             del self.undeleted[oldest], self.deleting[oldest]
+
+    def _owe(self, key: ChunkKey, nbytes: int) -> None:
+        """The medium keeps so many bytes of a key that it was to delete: they stay in the quota of their tenant."""
+        if self.shares is not None and (more := nbytes - self._owed.pop(key, 0)):
+            self.shares.of(key).owed += more
+        if self.shares is not None and nbytes:
+            self._owed[key] = nbytes
 
     # -- invariants ------------------------------------------------------------------------------------------
     def check(self, name: str) -> None:

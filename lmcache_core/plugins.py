@@ -122,7 +122,10 @@ class Plugins:
         self._activated = []
         for number, item in enumerate(named):
             if isinstance(item, str):
-                self.load(PLUGINS, item)
+                plugin = self.load(PLUGINS, item)
+                # Loaded before, perhaps, by the loader: its place among the wrappers is the one it has in the list.
+                self._manager.unregister(name=f"{PLUGINS}:{item}")
+                _register(self._manager, plugin, self._modules[PLUGINS, item])
             else:
                 name = f"{PLUGINS}:{number}:{item.type}"
                 _checked_register(self._manager, f"plugin `{item.type}`", item.build(), name)

@@ -115,6 +115,13 @@ class PluginConfig(Frozen, ABC):
     tiers: tuple[str, ...] | None = None
     """Names of the tiers it is for; every tier without."""
 
+    @field_validator("tiers")
+    @classmethod
+    def _some(cls, tiers: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if tiers == ():
+            raise ValueError("names no tier, so nothing would be done: leave it out for every tier")
+        return tiers
+
     def applies_to(self, tier: str) -> bool:
         """Whether it is for the tier of that name."""
         return self.tiers is None or tier in self.tiers

@@ -16,7 +16,9 @@ _NAME = re.compile(
     r"pass(?!ive)|pwd|secret|credential|private|auth|token$|key$|key_?id$|signature|connection_?string|conn_?str",
     re.IGNORECASE,
 )
-_USERINFO = re.compile(r"(?<=://)[^\s\"']*@")  # to the last @: a password may hold a slash by mistake
+_USERINFO = re.compile(r"(?<=://)\S*@")  # to the last @: a password may hold a slash by mistake, or a quote
+_WHOLE = re.compile(r"(?<=://).*@", re.DOTALL)
+"""The same where the text is one value and nothing else: with blanks, too."""
 _LOGIN = re.compile(r"(?<![\w/])[^\s\"'`/@:]+:(?!//)[^\s\"'`@]+@(?=[\w\[])")  # without `//`, too
 _QUERY = re.compile(r"(?<=[?&])([^=&\s]*(?:pass|secret|token|key|sig|credential)[^=&\s]*=)([^&#\s]+)", re.IGNORECASE)
 
@@ -40,7 +42,7 @@ def hide(value: Any, name: str = "") -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(hide(item, name) for item in value) if type(value) in (list, tuple) else value
     if isinstance(value, str):
-        return HIDDEN if value and telling(name) else hide_urls(value)
+        return HIDDEN if value and telling(name) else hide_urls(_WHOLE.sub(f"{HIDDEN}@", value))
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return HIDDEN if number and telling(name) else value
 
@@ -57,7 +59,7 @@ def collect(value: Any, name: str = "") -> set[str]:
     if not isinstance(value, str):
         return set()
     found = {value} if telling(name) else set()
-    for userinfo in _USERINFO.findall(value):
+    for userinfo in _WHOLE.findall(value):
         found.update({userinfo[:-1], userinfo[:-1].partition(":")[2]})
     found.update(match[1] for match in _QUERY.findall(value))
     return found

@@ -78,12 +78,14 @@ class Share:
     used: int = 0
     writing: int = 0
     """Being written: not used yet, and no longer free."""
+    owed: int = 0
+    """Evicted, and still on the medium, which refused to delete it."""
     evicted: int = 0
     """Chunks evicted for the tenant's own quota, or for others."""
 
     def over(self, need: int) -> int:
         """By how much the tenant would be over its quota with `need` more; 0 or less when it is not."""
-        return 0 if self.quota is None else self.used + self.writing + need - self.quota
+        return 0 if self.quota is None else self.used + self.writing + self.owed + need - self.quota
 
 
 class Shares(EvictionPolicy):
@@ -143,6 +145,7 @@ class Shares(EvictionPolicy):
         after.policy.add(list(before.policy.coldest())[::-1])
         after.used += before.used
         after.writing += before.writing
+        after.owed += before.owed
         return before, after
 
     def groups(self, keys: Sequence[ChunkKey]) -> Iterator[tuple[Share | None, list[ChunkKey]]]:

@@ -283,7 +283,7 @@ YAML: dict[str, tuple[str, list[Says]]] = {
     ),
     "alias bomb": (
         "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\ntiers: [*c, *c]\n",
-        [("1:4", "a", "", "the anchor `&a` is not supported"), ("4:9", "tiers[0]", "", "the alias `*c`")],
+        [("1:4", "a", "&a", "an anchor (`&`) is not supported"), ("4:9", "tiers[0]", "*c", "an alias (`*`)")],
     ),
     "merge key": (
         change("    write: through\n", "    <<: {write: back}\n"),
@@ -291,10 +291,10 @@ YAML: dict[str, tuple[str, list[Says]]] = {
     ),
     "python tag": (
         change("64MiB", "!!python/object/apply:os.system ['true']"),
-        [("4:15", "tiers[0].capacity", "", "is not supported")],
+        [("4:15", "tiers[0].capacity", "tag:yaml.org,2002:python/object/apply:os.system", "is not supported")],
     ),
-    "harmless tag": (change("256", "!!str 256"), [("1:15", "chunk_tokens", "", "the tag `tag:yaml.org,2002:str`")]),
-    "own tag": (change("64MiB", "!env HOME"), [("4:15", "tiers[0].capacity", "", "the tag `!env`")]),
+    "harmless tag": (change("256", "!!str 256"), [("1:15", "chunk_tokens", "tag:yaml.org,2002:str", "a tag (`!`)")]),
+    "own tag": (change("64MiB", "!env HOME"), [("4:15", "tiers[0].capacity", "!env", "a tag (`!`)")]),
     "two documents": (GOOD + "---\ntiers: []\n", [("10:1", "", "", "a second document")]),
     "tab": (change("    capacity: 1GiB", "\tcapacity: 1GiB"), [("7:1", "", "", "indent with spaces")]),
     "unclosed bracket": (

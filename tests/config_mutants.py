@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lmcache_core import redact
 from lmcache_core.config import text as reader
 from lmcache_core.config.findings import Loc
 
@@ -390,8 +391,9 @@ class _Mill:
                 continue
             at, old = found
             yield self._mutant("tag", at, old, f"!!python/object/apply:os.system {old}", value="tag")
-            yield self._mutant("anchor", at, old, f"&a {old}", value="&a")
-            yield self._mutant("alias", at, old, "*a", value="*a")
+            hidden = redact.HIDDEN if redact.telling(str(loc[-1])) else None
+            yield self._mutant("anchor", at, old, f"&a {old}", value=hidden or "&a")
+            yield self._mutant("alias", at, old, "*a", value=hidden or "*a")
             if old[0] not in "\"'{[":
                 yield self._mutant("half-quoted", at, old, f'"{old}')
                 yield self._mutant("half-quoted", at, old, f"'{old}")

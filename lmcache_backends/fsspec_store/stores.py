@@ -182,18 +182,21 @@ class Files(Store):
         if self._atomic:
             self._fs.pipe_file(path, bytes(buffer))
             return
-        temporary = f"{self._temporary}/{secrets.token_hex(16)}"
+        temporary, moved = f"{self._temporary}/{secrets.token_hex(16)}", False
         try:
             self._in_directory(self._temporary, self._fill_temporary, temporary, buffer)
             _still_lent(buffer)
             self._in_directory(path.rpartition("/")[0], self._rename, temporary, path)
+            moved = True
         except OSError as error:
             if error.errno in _NO_ROOM:
                 raise NoSpace(str(error)) from error
             if self._size(path) != len(buffer):  # some servers rename onto nothing that exists; then it is there
                 raise
         finally:
-            self._remove(temporary)
+            if not moved:
+                with contextlib.suppress(Exception):  # what is to be told is why it was not moved
+                    self._remove(temporary)
 
     def _fill_temporary(self, temporary: str, buffer: memoryview) -> None:
         self._fs.pipe_file(temporary, bytes(buffer))

@@ -170,6 +170,9 @@ class Presence:
         found: set[ChunkKey] = set()
         for link in links.values():
             self._scan(link, found)
+        if len(found) > self._most:
+            self._present = found
+            raise _Restart("too many keys")  # and what there is of the list is not all
         with self._lock:
             if epoch != self._epoch:
                 raise _Restart("everything was deleted meanwhile")

@@ -10,8 +10,9 @@ from __future__ import annotations
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import Any, Literal
 
@@ -120,8 +121,8 @@ class Servers:
                 return
             asked = self._asked
             if not self._asking:
+                _begin(self._ask, "lmcache-redis-topology")
                 self._asking = True
-                threading.Thread(target=self._ask, name="lmcache-redis-topology", daemon=True).start()
             done = self._changed.wait_for(lambda: self._asked != asked or self._closed, until - monotonic())
             self._check_open()
             if not done:
@@ -250,7 +251,8 @@ class Servers:
         with self._changed:
             idle = self._idle[address]
             links = [idle.pop() for _ in range(min(want, len(idle)))]
-            self._dial_more(address, want - len(links) - self._dialing[address])
+            with suppress(BackendUnavailable):
+                self._dial_more(address, want - len(links) - self._dialing[address])
         for link in [link for link in links if not link.quiet]:
             links.remove(link)
             self._give_back(link, usable=False)
@@ -259,9 +261,9 @@ class Servers:
     def _dial_more(self, address: Address, want: int) -> None:
         """Begin to open up to `want` connections, where there is room. Called with the lock held."""
         for _ in range(min(want, self.connections - self._count[address])):
+            _begin(partial(self._open, address), "lmcache-redis-connect")
             self._count[address] += 1
             self._dialing[address] += 1
-            threading.Thread(target=self._open, args=(address,), name="lmcache-redis-connect", daemon=True).start()
 
     def _open(self, address: Address) -> None:
         """Open a connection for whoever waits for one, on a thread of its own."""
@@ -363,6 +365,14 @@ def _read_map(answer: Reply, host: str) -> tuple[tuple[Address, ...], list[int]]
     if len(slots) != _SLOTS:
         raise BackendError(f"Redis at {host}: unexpected answer to CLUSTER SLOTS: {len(slots)} slots")
     return tuple(masters), slots
+
+
+def _begin(work: Callable[[], None], name: str) -> None:
+    """Run it on a thread of its own. Raise `BackendUnavailable` where the system has none left."""
+    try:
+        threading.Thread(target=work, name=name, daemon=True).start()
+    except RuntimeError as error:
+        raise BackendUnavailable(f"{name}: {error}") from error
 
 
 def _unavailable(error: Exception, doing: str) -> BackendError:

@@ -164,9 +164,8 @@ class _Translation:
         self._top = draft.origin(())
 
     def _source(self, key: str) -> Origin:
-        origin, shown = self._draft.origin((key,)), shorten(self._given[key])
-        if telling(key) or (key == "remote_url" and "@" in shown):
-            shown = HIDDEN
+        origin, value = self._draft.origin((key,)), self._given[key]
+        shown = HIDDEN if telling(key) or (key == "remote_url" and "@" in str(value)) else shorten(value)
         return Origin(origin.where, origin.label, path=key, value=shown)
 
     def run(self) -> None:

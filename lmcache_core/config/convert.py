@@ -164,7 +164,7 @@ class Converter:
     def wrong(self, key: str, what: str, fix: str, given: Given | None = None) -> None:
         """A value that LMCache would not take either."""
         given = given or self.given[key]
-        hidden = redact.telling(key) or "url" in key
+        hidden = redact.telling(key) or "url" in key or key == "extra_config"
         value = redact.HIDDEN if hidden else shorten(given.value)
         why = "the tier would not be what the key asks for"
         self.problems.append(Problem(given.where, key, what, why, fix, value=value, code=Code.CLASSIC))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
+from lmcache_core import redact
 from lmcache_core.config import classic
 from lmcache_core.config.convert import ASSUMED_CAPACITY, Converter, Given, Kind, Tier, idle, size, truth
 from lmcache_core.errors import Problem
@@ -273,7 +274,9 @@ def _mooncake(c: Converter, master: str, settings: Mapping[str, Any], key: str, 
     tier = c.tier("remote", {"type": "mooncake", "master": master})
     fields = c.plugins.backend("mooncake").model_fields
     for name, value in settings.items():
-        if name in fields:
+        if name in fields and redact.hide(value) != value:
+            c.secret(f"{prefix}{name}", tier, name, Given(None, _where(c, key)))
+        elif name in fields:
             c.put(tier, f"backend.{name}", value, f"{prefix}{name}")
         else:
             c.report(f"{prefix}{name}", Kind.DROPPED, reason="backend `mooncake` has no such setting")

@@ -92,7 +92,8 @@ class Diagnosis:
         names = [part for part in loc if isinstance(part, str)]
         if names and (redact.telling(names[-1]) or self._is_secret(loc)):
             return redact.HIDDEN
-        return self.clean(shorten(value))
+        # Before it is shortened: the beginning of a secret is no longer known as one.
+        return self.clean(shorten(self.clean(value) if isinstance(value, str) else value))
 
     # -- kinds of errors -------------------------------------------------------------------------------------
     def _unknown(self, loc: Loc) -> tuple[Problem, str | None]:

@@ -125,7 +125,7 @@ def _apply(draft: Draft, name: str, text: str) -> tuple[str, str, str] | None:
         keys = keys[2:]
     origin = Origin(f"environment variable {name}", f"env:{name}")
     for key in keys[:-1]:
-        loc = (*loc, key)
+        loc = (*loc, _given(draft, loc, key))
         try:
             node = draft.value(loc)
         except KeyError:
@@ -147,8 +147,18 @@ def _apply(draft: Draft, name: str, text: str) -> tuple[str, str, str] | None:
             return path, "is not valid JSON", fix
         if reason := out_of_bounds(value):
             return path, reason, "write a list or mapping of the setting's own shape"
-    draft.put((*loc, keys[-1]), value, origin)
+    draft.put((*loc, _given(draft, loc, keys[-1])), value, origin)
     return None
+
+
+def _given(draft: Draft, loc: Loc, key: str) -> str:
+    """The key as it is written at `loc` already, such as a tenant's name; variables know neither case nor dashes."""
+    try:
+        node = draft.value(loc)
+    except KeyError:
+        node = None
+    known = [k for k in node if isinstance(k, str)] if isinstance(node, Mapping) else []
+    return next((k for k in known if k == key or k.replace("-", "_").lower() == key), key)
 
 
 def _tier_names(draft: Draft) -> dict[str, int]:

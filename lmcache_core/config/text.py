@@ -167,13 +167,14 @@ class _Yaml:
         if self._count > MAX_SETTINGS:
             raise _syntax(self._doc.name, f"more than {MAX_SETTINGS} settings", "is this the right file?")
         if isinstance(event, yaml.AliasEvent):
-            self._refuse(event, loc, f"the alias `*{event.anchor}`", "write the value out")
+            self._refuse(event, loc, "an alias (`*`)", "write the value out, or in quotes", f"*{event.anchor}")
             return None
         assert isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent), "the parser only starts nodes here"
         if event.anchor is not None:
-            self._refuse(event, loc, f"the anchor `&{event.anchor}`", "remove it and write repeated values out")
+            fix = "write repeated values out, or text in quotes"
+            self._refuse(event, loc, "an anchor (`&`)", fix, f"&{event.anchor}")
         if event.tag is not None:
-            self._refuse(event, loc, f"the tag `{event.tag}`", "remove it: settings are plain values")
+            self._refuse(event, loc, "a tag (`!`)", "remove it, or write text in quotes", event.tag)
         if isinstance(event, yaml.MappingStartEvent):
             return self._mapping(loc, depth)
         if isinstance(event, yaml.SequenceStartEvent):
@@ -213,9 +214,11 @@ class _Yaml:
             result.append(self._node(event, below, depth + 1))
         return result
 
-    def _refuse(self, event: yaml.Event, loc: Loc, what: str, fix: str) -> None:
+    def _refuse(self, event: yaml.Event, loc: Loc, what: str, fix: str, value: str = "") -> None:
         why = "configurations are plain data: nothing in them expands or constructs anything"
         self._problem(Code.SYNTAX, _place(event), loc, f"{what} is not supported", why, fix)
+        if value:  # it may be a password without its quotes
+            self._doc.refused[self._doc.problems[-1].where] = (loc, value)
 
     def _problem(self, code: Code, place: tuple[int, int], loc: Loc, what: str, why: str, fix: str) -> None:
         where = f"{self._doc.name}:{place[0]}:{place[1]}"

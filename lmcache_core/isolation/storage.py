@@ -59,12 +59,15 @@ class _Desk:
         """A call has it. Changed with the lock held."""
         self.stuck = False
         """A call gave up on it; it is free again when the late answer has come."""
+        self.writing = ""
+        """Key of the object that the worker stores from this place, as long as that may still happen."""
         self._sock = sock
         self._last = 0
 
     def send(self, request: Message, end: float) -> None:
         """Raise `OSError`."""
         self._last += 1
+        self.writing = request["keys"][0] if request.get("op") == "put" else ""
         self._sock.settimeout(max(0.001, end - monotonic()))
         try:
             wire.send(self._sock, {**request, "id": self._last})
@@ -87,7 +90,9 @@ class _Desk:
     def recovered(self) -> bool:
         """Whether something has come late. Answers to requests of before are told by their number."""
         try:
-            return bool(select.select([self._sock], [], [], 0)[0])
+            poll = select.poll()  # `select` knows no descriptor above 1023
+            poll.register(self._sock, select.POLLIN)
+            return bool(poll.poll(0))
         except (OSError, ValueError):
             return False
 
@@ -183,11 +188,16 @@ class _Worker:
         for desk in self.desks:
             if not desk.busy:
                 desk.close()
-        # Late writes of the kernel may bring a page back: at most those of the calls that are stuck.
-        with contextlib.suppress(OSError):
-            self._map.madvise(mmap.MADV_REMOVE)
+        self._give_memory_back()
         _ENDING.append(self.process)
         _ENDING[:] = [process for process in _ENDING if process.poll() is None]
+
+    def _give_memory_back(self) -> None:
+        """Once no call copies from or to it. Late writes of the kernel may bring a page back: at most those of calls
+        that are stuck."""
+        if not any(desk.busy for desk in self.desks):
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_REMOVE)
 
     def take(self) -> _Desk:
         """A free desk for a call. Lock held."""
@@ -200,6 +210,7 @@ class _Worker:
         desk.busy = False
         if self.dead:
             desk.close()
+            self._give_memory_back()
         elif not desk.stuck:
             self.free.append(desk)
 
@@ -271,9 +282,12 @@ class IsolatedStorage(StorageBackend):
         return self._each(requests, fill, take)
 
     def delete(self, keys: Sequence[ChunkKey]) -> None:
-        self._ask({"op": "delete", "keys": _hex(keys)})
+        names = _hex(keys)
+        self._not_being_written(names)
+        self._ask({"op": "delete", "keys": names})
 
     def clear(self) -> None:
+        self._not_being_written(None)
         self._ask({"op": "clear"})
 
     def scan(self) -> Iterator[tuple[ChunkKey, int]] | None:
@@ -386,6 +400,17 @@ class IsolatedStorage(StorageBackend):
                         outcomes[i] = self._lost(worker, desk, error)
         return outcomes
 
+    def _not_being_written(self, names: Sequence[str] | None) -> None:
+        """Raise `BackendUnavailable` while a put that was given up may still store one of them (None: anything): what
+        comes after the deletion would be in nobody's books."""
+        with self._turn:
+            worker = self._worker
+            if worker is None:
+                return  # the question itself will say why
+            late = {desk.writing for desk in worker.desks if desk.stuck and desk.writing and not desk.recovered()}
+            if late and (names is None or not late.isdisjoint(names)):
+                raise BackendUnavailable(f"{self._name}: its I/O worker is still storing what is to be deleted")
+
     def _note(self, answer: Message) -> None:
         if "usage" in answer:
             self._usage = answer["usage"]
@@ -454,7 +479,11 @@ class IsolatedStorage(StorageBackend):
             )
         if not self._reviving and monotonic() >= self._not_before:
             self._reviving = True
-            threading.Thread(target=self._revive, name="lmcache-io-start", daemon=True).start()
+            try:
+                threading.Thread(target=self._revive, name="lmcache-io-start", daemon=True).start()
+            except RuntimeError as error:
+                self._reviving = False
+                raise BackendUnavailable(f"{self._name}: {self._why}; no thread can be started: {error}") from error
         raise BackendUnavailable(f"{self._name}: {self._why}; another one is being started")
 
     def _revive(self) -> None:

@@ -42,7 +42,10 @@ class Desk:
         try:
             while (request := wire.receive(self._sock)) is not None:
                 for answer in self._answers(request):
-                    wire.send(self._sock, {"id": request["id"], **answer})
+                    try:
+                        wire.send(self._sock, {"id": request["id"], **answer})
+                    except (TypeError, ValueError) as error:  # what the backend returned cannot be said in JSON
+                        wire.send(self._sock, {"id": request["id"], "error": wire.from_error(error)})
         except OSError:
             pass  # hung up in the middle of an answer
         leave(self._backend)

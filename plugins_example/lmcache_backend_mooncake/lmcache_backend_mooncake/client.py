@@ -301,10 +301,13 @@ class Client:
 
     def _sleep(self, sock: socket.socket | None, seconds: float | None) -> bool:
         """Wait until woken or for `seconds`; True when `sock` came to its end meanwhile."""
-        ready = select.select([self._wake] if sock is None else [self._wake, sock], [], [], seconds)[0]
-        if self._wake in ready:
+        poll = select.poll()  # `select` knows no descriptor above 1023
+        for each in [self._wake] if sock is None else [self._wake, sock]:
+            poll.register(each, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(None if seconds is None else 1e3 * seconds)}
+        if self._wake.fileno() in ready:
             self._wake.recv(64)
-        if sock is not None and sock in ready:
+        if sock is not None and sock.fileno() in ready:
             with suppress(OSError):
                 return not sock.recv(4096)
             return True

@@ -75,6 +75,11 @@ class Seal:
     def lmcache_build_backend(
         self, config: BackendConfig, context: BuildContext
     ) -> Generator[None, StorageBackend | MemoryBackend, StorageBackend | MemoryBackend]:
+        if config.in_memory and context.tier in (self._config.tiers or ()):
+            what = f"tier `{context.tier}` is in memory, where chunks are never encrypted"
+            why = "its chunks would stay in clear text without a word"
+            fix = "name storage tiers only, or none: then all of them are encrypted"
+            raise ConfigError([Problem("build", "plugins.seal.tiers", what, why, fix)])
         inner = yield
         if not isinstance(inner, StorageBackend) or not self._seals(config, context):
             return inner

@@ -7,6 +7,7 @@ import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
+from typing import Any
 
 from lmcache_core.errors import CorruptChunk
 from lmcache_core.protocols import BuildContext, Region, StorageBackend
@@ -90,6 +91,9 @@ class SealedBackend(StorageBackend):
         if usage is None:
             return None
         return Usage(usage.objects, usage.object_bytes - usage.objects * OVERHEAD, usage.allocated_bytes)
+
+    def stats(self) -> dict[str, Any]:
+        return self._inner.stats()
 
     def close(self) -> None:
         self._inner.close()
