@@ -295,6 +295,10 @@ def test_quality_of_exact_kv_is_perfect_and_of_less_is_less(tmp_path: Path) -> N
     kl = {level: judgement.kl for level, (_, judgement) in rows.items()}
     assert abs(kl["lossless"]) < 1e-6 and rows["lossless"][1].top1 == 100
     assert kl["near"] < kl["balanced"] < kl["tiny"] and kl["near"] < kl["balanced+profile"] < kl["tiny+profile"]
-    figures = {level: codec_quality.record(bits, [judgement]) for level, (bits, judgement) in rows.items()}
+    figures = {level: codec_quality.record([row]) for level, row in rows.items()}
+    assert figures["lossless"]["dppl_error"] < 1e-4 < figures["tiny"]["dppl_error"]
+    four = codec_quality.record([rows["tiny"]] * 4)
+    assert four["dppl_error"] == pytest.approx(figures["tiny"]["dppl_error"] / 2, rel=1e-3)
+    assert {**four, "dppl_error": 0} == {**figures["tiny"], "dppl_error": 0}
     assert "balanced" in codec_quality.render(figures)
     assert codec_quality.plot(figures).count("<circle") == sum(row["kl"] > 0 for row in figures.values())

@@ -88,6 +88,9 @@ def register(kinds: Any) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: minutes on two idle cores")
     parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds of the workload")
+    parser.add_argument(
+        "--unique-rounds", type=_positive, metavar="N", help="rounds without reuse: many tell a small cost from noise"
+    )
     parser.add_argument("--kv-cache", type=_positive, metavar="TOKENS", help="what the engine's own KV cache holds")
     parser.add_argument(
         "--store", type=parse_bytes, metavar="SIZE", help="host memory of a connector (default: 2GiB, --quick: 1GiB)"
@@ -128,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     # Servers live in sessions of their own, so whoever ends this process must not leave them behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     scale = (QUICK if args.quick else FULL)[args.shape]
-    scale = replace(scale, rounds=args.rounds or scale.rounds)
+    scale = replace(scale, rounds=args.rounds or scale.rounds, unique_rounds=args.unique_rounds or scale.unique_rounds)
     report = Report(Console(stderr=True, highlight=False))
     model = resolve(args.model, default_directory(), report)
     texts = Texts(_encoder(model), document_text(None), seed=1)

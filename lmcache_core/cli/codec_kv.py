@@ -55,6 +55,8 @@ class Judgement:
     """Percent of tokens with the same most likely token."""
     dppl_percent: float
     """Change of the text's perplexity."""
+    dppl_error: float
+    """Standard error of `dppl_percent`, from the differences of the tokens' losses taken as independent."""
 
 
 def bfloat16(values: Values) -> NDArray[np.uint16]:
@@ -137,11 +139,12 @@ class Reader:
         torch = self.torch
         agree = (reference.argmax(-1) == altered.argmax(-1)).float().mean()
         there, next_ids = torch.arange(len(ids) - 1), torch.tensor(list(ids[1:]))
-        loss = (reference[there, next_ids] - altered[there, next_ids]).mean()
+        loss = reference[there, next_ids] - altered[there, next_ids]
         return Judgement(
             kl=float((reference.exp() * (reference - altered)).sum(-1).mean()),
             top1=100 * float(agree),
-            dppl_percent=100 * (math.exp(float(loss)) - 1),
+            dppl_percent=100 * (math.exp(float(loss.mean())) - 1),
+            dppl_error=100 * float(loss.std(correction=0)) / math.sqrt(len(loss)),
         )
 
 
@@ -154,6 +157,9 @@ def chunked(kv: NDArray[np.uint16], chunk_tokens: int) -> list[NDArray[np.uint16
 
 
 def mean(judgements: Sequence[Judgement]) -> Mapping[str, float]:
-    """Each measure's mean over texts."""
+    """Each measure's mean over several texts, and that mean's standard error for `dppl_error`."""
     names = ("kl", "top1", "dppl_percent")
-    return {name: float(np.mean([getattr(judgement, name) for judgement in judgements])) for name in names}
+    error = math.hypot(*(judgement.dppl_error for judgement in judgements)) / len(judgements)
+    return {name: float(np.mean([getattr(judgement, name) for judgement in judgements])) for name in names} | {
+        "dppl_error": error
+    }

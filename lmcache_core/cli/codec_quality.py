@@ -18,6 +18,7 @@ from lmcache_core.cli.codec_kv import Judgement, Reader
 from lmcache_core.cli.console import OK, add_json, emit, table
 from lmcache_core.cli.demo_common import Report
 from lmcache_core.cli.model import default_directory, resolve
+from lmcache_core.errors import LMCacheError
 from lmcache_core.layout import KVLayout
 from lmcache_core.protocols import SerdeContext
 from lmcache_serde.cachegen import LEVELS, CacheGenConfig
@@ -32,12 +33,13 @@ _DESCRIPTION = f"""\
 Measure every level of the codec on the KV of a real model: each chunk of {CHUNK_TOKENS} tokens of the context is
 encoded and decoded, and the model predicts the tokens that follow the context from the result.
 
-figures, for each level (means over the texts):
+figures, for each level (means over the texts and their windows):
   bits_per_value   bits of the encoded chunks, everything counted, for each value of K and V
   ratio            16 / bits_per_value: how much smaller than bfloat16
   kl               mean KL divergence of the predictions from those with the exact KV, nats per token
   top1             percent of tokens where both hold the same token for the most likely
   dppl_percent     change of the text's perplexity
+  dppl_error       standard error of that change: 512 tokens tell little, --windows 8 tells three times as much
 
 `{INCUMBENT}` is the quantiser and the table layout of LMCache's CacheGen with its default bins, its payload counted
 at the entropy of its own symbols: a little less than its coder needs.
@@ -56,6 +58,9 @@ def register(kinds: Any) -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text instead of the three built-in ones")
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens of context (default 4096; 2048 with --quick)")
     parser.add_argument("--continue", type=int, dest="follow", default=512, metavar="N", help="tokens predicted (512)")
+    parser.add_argument(
+        "--windows", type=int, default=1, metavar="N", help="pieces of each text, each a context of its own (1)"
+    )
     parser.add_argument("--profile", type=Path, metavar="FILE", help="a calibrated profile: rows of its own")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture (SVG) of the result")
     parser.add_argument("--quick", action="store_true", help="a shorter context: about two minutes on two cores")
@@ -69,23 +74,36 @@ def run(args: argparse.Namespace) -> int:
     reader = Reader.open(resolve(args.model, default_directory(), report))
     context = args.tokens or (2048 if args.quick else 4096)
     context -= context % CHUNK_TOKENS
-    figures: dict[str, dict[str, float]] = {}
+    if args.windows < 1 or args.follow < 2:
+        raise LMCacheError(
+            f"--windows {args.windows} --continue {args.follow}: at least 1 window and 2 tokens are needed"
+        )
     by_text: dict[str, dict[str, dict[str, float]]] = {}
+    found: dict[str, list[tuple[float, Judgement]]] = {}
     with report.step("reading") as say:
-        found: dict[str, list[tuple[float, Judgement]]] = {}
         for name, text in codec_kv.texts(args.text).items():
-            say(f"{name}: {context} tokens")
-            ids = reader.tokens(text, context + args.follow)
-            rows = measure(reader, ids, context, args.profile)
-            by_text[name] = {level: record(bits, [judgement]) for level, (bits, judgement) in rows.items()}
-            for level, row in rows.items():
-                found.setdefault(level, []).append(row)
-        for level, both in found.items():
-            figures[level] = record(float(np.mean([bits for bits, _ in both])), [judgement for _, judgement in both])
+            size = context + args.follow
+            ids = reader.tokens(text, size * args.windows)
+            here: dict[str, list[tuple[float, Judgement]]] = {}
+            for window in range(args.windows):
+                say(f"{name}: window {window + 1} of {args.windows}, {context} tokens")
+                measured = measure(reader, ids[window * size :][:size], context, args.profile)
+                for level, row in measured.items():
+                    here.setdefault(level, []).append(row)
+            by_text[name] = {level: record(rows) for level, rows in here.items()}
+            for level, rows in here.items():
+                found.setdefault(level, []).extend(rows)
+    figures = {level: record(rows) for level, rows in found.items()}
     result = {
         "figures": figures,
         "texts": by_text,
-        "options": {"model": args.model, "tokens": context, "continue": args.follow, "chunk_tokens": CHUNK_TOKENS},
+        "options": {
+            "model": args.model,
+            "tokens": context,
+            "continue": args.follow,
+            "windows": args.windows,
+            "chunk_tokens": CHUNK_TOKENS,
+        },
     }
     if args.plot:
         args.plot.write_text(plot(figures), encoding="utf-8")
@@ -116,10 +134,13 @@ def measure(
     return found
 
 
-def record(bits: float, judgements: Sequence[Judgement]) -> dict[str, float]:
-    """The figures of one row."""
-    rounded = {"bits_per_value": round(bits, 3), "ratio": round(16 / bits, 3)}
-    return rounded | {name: float(f"{value:.4g}") for name, value in codec_kv.mean(judgements).items()}
+def record(rows: Sequence[tuple[float, Judgement]]) -> dict[str, float]:
+    """The figures of one level, from the bits and the judgement of each window."""
+    bits = float(np.mean([bits for bits, _ in rows]))
+    means = codec_kv.mean([judgement for _, judgement in rows])
+    return {"bits_per_value": round(bits, 3), "ratio": round(16 / bits, 3)} | {
+        name: float(f"{value:.4g}") for name, value in means.items()
+    }
 
 
 def schemes(shape: tuple[int, ...], heads: int, profile: Path | None, chunk_tokens: int) -> dict[str, Scheme]:
@@ -167,7 +188,7 @@ def incumbent(chunk: Bits, start: int) -> tuple[int, Bits]:
 
 def render(figures: Mapping[str, Mapping[str, float]]) -> str:
     """The result for people."""
-    names = ("bits_per_value", "ratio", "kl", "top1", "dppl_percent")
+    names = ("bits_per_value", "ratio", "kl", "top1", "dppl_percent", "dppl_error")
     rows = [["level", *names]]
     return table(rows + [[level, *(f"{row[name]:g}" for name in names)] for level, row in figures.items()])
 
