@@ -27,7 +27,7 @@ from lmcache_core.cli import bench_serving
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "codec.md", ROOT / "README.md")
 PEER_PYTHON = Path(os.environ.get("PEER_PYTHON", ROOT / ".venv-peer" / "bin" / "python"))
 LMCACHECTL = [sys.executable, "-m", "lmcache_core"]
 
@@ -87,7 +87,15 @@ for _type in BACKENDS:
     BENCHMARKS[_type] = Benchmark(
         [*LMCACHECTL, "bench", "backend", _type, "--json"], f"lmcachectl bench backend {_type}", lambda: None
     )
-QUICK = ("tiers", "lmcache", *SERVING, *BACKENDS)
+BENCHMARKS["codec"] = Benchmark(
+    [*LMCACHECTL, "bench", "codec", "--json", "--incumbent", str(PEER_PYTHON)], "lmcachectl bench codec", lambda: None
+)
+BENCHMARKS["quality"] = Benchmark(
+    [*LMCACHECTL, "bench", "codec-quality", "--tokens", "2048", "--windows", "4", "--json"],
+    "lmcachectl bench codec-quality --tokens 2048 --windows 4",
+    _needs("torch", "transformers"),
+)
+QUICK = ("tiers", "lmcache", "codec", *SERVING, *BACKENDS)
 """Benchmarks that know --quick."""
 
 
@@ -230,6 +238,43 @@ def serving_table(results: Mapping[str, Result]) -> str:
     return "\n\n".join(blocks)
 
 
+def codec_table(result: Result) -> str:
+    """Speed of the codec's levels."""
+    rows = [
+        [name, *(f"{row[column]:.3g}" for column in ("ratio", "encode_gb_s_core", "decode_gb_s_core")), row["simd"]]
+        for name, row in result["figures"].items()
+    ]
+    head = ["", "ratio", "encode GB/s a core", "decode GB/s a core", "instructions"]
+    two = "Two threads code {encode} (encode) and {decode} (decode) times what one does.".format(**result["two_cores"])
+    times = result.get("times_incumbent")
+    if times:
+        two += " `balanced` is {encode} and {decode} times as fast as LMCache's codec on the CPU.".format(**times)
+    return f"{where(result)}\n\n{grid(head, rows)}\n\n{two}"
+
+
+def quality_table(result: Result) -> str:
+    """What the codec's levels cost a model."""
+    columns = ("bits_per_value", "ratio", "kl", "top1", "dppl_percent", "dppl_error")
+    parts = {"mean of all": result["figures"], **result["texts"]}
+    rows = [
+        [level, part, *(f"{figures[level][column]:.3g}" for column in columns)]
+        for level in result["figures"]
+        for part, figures in parts.items()
+    ]
+    head = [
+        "level",
+        "text",
+        "bits/value",
+        "ratio",
+        "KL, nats/token",
+        "top-1 %",
+        "perplexity %",
+        "its standard error",
+        "",
+    ]
+    return f"{where(result)}\n\n{grid(head, rows, right=2)}"
+
+
 def readme_table(results: Mapping[str, Result]) -> str:
     """The short version."""
     blocks = []
@@ -254,6 +299,10 @@ def tables(results: Mapping[str, Result]) -> dict[str, str]:
         made["tiers"] = tiers_table(results["tiers"])
     if "lmcache" in results:
         made["lmcache"] = lmcache_table(results["lmcache"])
+    if "codec" in results:
+        made["codec"] = codec_table(results["codec"])
+    if "quality" in results:
+        made["quality"] = quality_table(results["quality"])
     if any(name in results for name in BACKENDS):
         made["backends"] = backends_table(results)
     return {name: text for name, text in made.items() if text}

@@ -286,7 +286,11 @@ def test_tables_are_written_between_their_marks(
 
 def test_the_pages_have_places_for_every_table() -> None:
     script = load_script("run")
-    places = {"docs/benchmarks.md": ("ttft", "serving", "tiers", "lmcache"), "README.md": ("readme",)}
+    places = {
+        "docs/benchmarks.md": ("ttft", "serving", "tiers", "lmcache", "backends"),
+        "docs/codec.md": ("codec", "quality"),
+        "README.md": ("readme",),
+    }
     for page, names in places.items():
         text = (ROOT / page).read_text()
         assert all(f"<!-- bench:{name} -->\n" in text and f"<!-- /bench:{name} -->" in text for name in names)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from lmcache_core import _native
 from lmcache_core.cli import bench_codec, codec_cmd, codec_kv, codec_quality
 from lmcache_core.copies import PagedKV, PageGeometry
 from lmcache_core.errors import CorruptChunk, Unsupported
@@ -274,8 +275,17 @@ def test_a_damaged_blob_is_corrupt() -> None:
 # -- measuring -------------------------------------------------------------------------------------------------
 def test_bench_codec_measures_every_level() -> None:
     layout = KVLayout("lknhd", "bfloat16", 2, 2, 1, 64, 64, 64)
-    rows = bench_codec.measure(layout, [bench_codec.made_up(layout, 0)], 1)
-    assert list(rows) == [*LEVELS, "zstd-1"]
+    chunk, simd = bench_codec.made_up(layout, 0), _native.simd()
+    rows = bench_codec.measure(layout, [chunk], 1)
+    best = simd.partition("+")[0]
+    sets = {"avx512": ["portable", "avx2"], "avx2": ["portable"]}.get(best, [])
+    smaller = [f"{level}@{name}" for name in sets for level in ("balanced", "lossless")]
+    assert list(rows) == [*LEVELS, "zstd-1", *smaller]
+    assert all(rows[name].ratio == rows[name.partition("@")[0]].ratio for name in smaller)  # the same bytes
+    assert [rows[name].simd for name in smaller] == [name for name in sets for _ in range(2)]
+    assert _native.simd() == simd
+    both = bench_codec.two_cores(layout, [chunk], 1)
+    assert both["encode"] > 0 and both["decode"] > 0
     assert rows["balanced"].ratio > rows["near"].ratio > rows["lossless"].ratio > rows["zstd-1"].ratio > 1
     assert all(row.encode_gb_s_core > 0 and row.decode_gb_s_core > 0 for row in rows.values())
 

@@ -8,9 +8,10 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import thread_time
+from time import perf_counter, thread_time
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,9 @@ figures, for each level and for zstd-1 (with byte planes):
   decode_gb_s_core likewise
   simd             instruction set in use
 
+`balanced` and `lossless` are measured once more with the processor's smaller instruction sets (`balanced@avx2`), and
+`two_cores` is what two threads code in a second as a multiple of what one does (wall time).
+
 LMCache's own CacheGen codes the same chunk on the CPU, once, where its Python is: --incumbent, or what `make
 bench-peer` made. `times_incumbent` is the rate of `balanced` as a multiple of that.
 """
@@ -70,6 +74,9 @@ print(json.dumps([len(blob), middle - begun, time.process_time() - middle]))
 
 
 INCUMBENT = "incumbent-cachegen"
+
+_SETS = ("portable", "avx2", "avx512")
+_REPEATS = 4
 
 Chunk = NDArray[np.uint16]
 """`[layer][2][token][channel]` of bfloat16 bits."""
@@ -116,7 +123,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             chunks = [made_up(layout, seed) for seed in range(2)]
         say("encoding and decoding")
-        rows = measure(layout, chunks, 5 if args.quick else 25)
+        rounds = 5 if args.quick else 25
+        rows = measure(layout, chunks, rounds)
+        both = two_cores(layout, chunks, rounds)
         if args.incumbent.exists():
             say("the incumbent")
             rows[INCUMBENT] = incumbent(args.incumbent, layout, chunks[-1])
@@ -126,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
         "figures": {name: asdict(row) for name, row in rows.items()},
         "machine": bench_common.describe_machine(),
         "data": args.model or f"made-up values, {layout.chunk_bytes} bytes a chunk",
+        "two_cores": both,
     }
     times = {}
     if INCUMBENT in rows:
@@ -139,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
         emit(result)
     else:
         print(table([["", *Row.__slots__], *([name, *map(str, asdict(row).values())] for name, row in rows.items())]))
+        print(f"balanced, two threads as a multiple of one: {both['encode']} encoding, {both['decode']} decoding")
         if times:
             print("balanced, times as fast as the incumbent: {encode} encoding, {decode} decoding".format(**times))
     return OK
@@ -176,6 +187,12 @@ def measure(layout: KVLayout, chunks: Sequence[Chunk], rounds: int) -> dict[str,
     configs["zstd-1"] = ZstdConfig()
     context = SerdeContext(layout, layout.chunk_bytes)
     serdes = {name: config.build(context) for name, config in configs.items()}
+    best = _native.simd()
+    sets = dict.fromkeys(serdes, best)
+    for smaller in _SETS[: _SETS.index(best.partition("+")[0])] if best != "none" else ():
+        for level in ("balanced", "lossless"):
+            serdes[f"{level}@{smaller}"] = serdes[level]
+            sets[f"{level}@{smaller}"] = smaller
     sources = [memoryview(chunk.view(np.uint8).reshape(-1).data) for chunk in chunks]
     back = memoryview(bytearray(layout.chunk_bytes))
     rooms = {name: [memoryview(bytearray(serde.bound())) for _ in chunks] for name, serde in serdes.items()}
@@ -184,13 +201,22 @@ def measure(layout: KVLayout, chunks: Sequence[Chunk], rounds: int) -> dict[str,
         sizes = serde.encode(sources, rooms[name], [-1] * len(chunks))
         blobs[name] = [room[:size] for room, size in zip(rooms[name], sizes, strict=True)]
 
+    def timed(name: str, work: Callable[[], object]) -> float:
+        if sets[name] == best:
+            return _rate(layout, work)
+        _native.limit_simd(sets[name])
+        try:
+            return _rate(layout, work)
+        finally:
+            _native.limit_simd(best)
+
     def encoder(name: str) -> Arm:
         serde, room = serdes[name], memoryview(bytearray(serdes[name].bound()))
-        return lambda turn: _rate(layout, lambda: serde.encode([sources[turn % len(chunks)]], [room], [-1]))
+        return lambda turn: timed(name, lambda: serde.encode([sources[turn % len(chunks)]], [room], [-1]))
 
     def decoder(name: str) -> Arm:
         serde = serdes[name]
-        return lambda turn: _rate(layout, lambda: serde.decode([blobs[name][turn % len(chunks)]], [back]))
+        return lambda turn: timed(name, lambda: serde.decode([blobs[name][turn % len(chunks)]], [back]))
 
     arms = {("encode", name): encoder(name) for name in serdes} | {("decode", name): decoder(name) for name in serdes}
     rates = interleave({" ".join(key): arm for key, arm in arms.items()}, rounds)
@@ -199,10 +225,45 @@ def measure(layout: KVLayout, chunks: Sequence[Chunk], rounds: int) -> dict[str,
             ratio=round(layout.chunk_bytes * len(chunks) / sum(map(len, blobs[name])), 3),
             encode_gb_s_core=round(statistics.median(rates[f"encode {name}"]) / 1e9, 3),
             decode_gb_s_core=round(statistics.median(rates[f"decode {name}"]) / 1e9, 3),
-            simd=_native.simd(),
+            simd=sets[name],
         )
         for name in serdes
     }
+
+
+def two_cores(layout: KVLayout, chunks: Sequence[Chunk], rounds: int) -> dict[str, float]:
+    """What two threads code at `balanced` as a multiple of one, by the wall clock: the median over the rounds."""
+    context = SerdeContext(layout, layout.chunk_bytes)
+    source = memoryview(chunks[0].view(np.uint8).reshape(-1).data)
+    serdes = [CacheGenConfig(level="balanced").build(context) for _ in range(2)]
+    rooms = [memoryview(bytearray(serde.bound())) for serde in serdes]
+    backs = [memoryview(bytearray(layout.chunk_bytes)) for _ in serdes]
+    sizes = [serde.encode([source], [room], [-1])[0] for serde, room in zip(serdes, rooms, strict=True)]
+
+    def encode(thread: int) -> None:
+        for _ in range(_REPEATS):
+            serdes[thread].encode([source], [rooms[thread]], [-1])
+
+    def decode(thread: int) -> None:
+        for _ in range(_REPEATS):
+            serdes[thread].decode([rooms[thread][: sizes[thread]]], [backs[thread]])
+
+    found: dict[str, float] = {}
+    with ThreadPoolExecutor(2) as pool:
+
+        def arm(work: Callable[[int], None], threads: int) -> Arm:
+            def turn(_: int) -> float:
+                begun = perf_counter()
+                list(pool.map(work, range(threads)))
+                return threads / (perf_counter() - begun)
+
+            return turn
+
+        for name, work in (("encode", encode), ("decode", decode)):
+            rates = interleave({"one": arm(work, 1), "two": arm(work, 2)}, rounds)
+            ratios = [two / one for one, two in zip(rates["one"], rates["two"], strict=True)]
+            found[name] = round(statistics.median(ratios), 3)
+    return found
 
 
 def _rate(layout: KVLayout, work: Callable[[], object]) -> float:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from lmcache_core.cli import codec_kv
-from lmcache_core.cli.bench_common import CHUNK_TOKENS
+from lmcache_core.cli.bench_common import CHUNK_TOKENS, describe_machine
 from lmcache_core.cli.codec_kv import Judgement, Reader
 from lmcache_core.cli.console import OK, add_json, emit, table
 from lmcache_core.cli.demo_common import Report
@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     result = {
         "figures": figures,
         "texts": by_text,
+        "machine": describe_machine(),
         "options": {
             "model": args.model,
             "tokens": context,
