@@ -6,8 +6,13 @@ backend error reaches the engine: the affected keys become misses with a reason 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+BAD_BLOCKS = (errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EREMOTEIO)
+"""What a read of bad blocks ends with: EIO through the page cache; direct I/O passes on what the block layer says,
+ENODATA for a medium error, EILSEQ for a failed protection check, EREMOTEIO for a failed target."""
 
 
 class LMCacheError(Exception):

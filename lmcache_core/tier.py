@@ -20,6 +20,7 @@ from lmcache_core.doorway import PLUGIN_ERRORS, Doorway, Staging, each
 from lmcache_core.errors import BackendError, CorruptChunk, NoSpace
 from lmcache_core.lanes import Breaker, Lane
 from lmcache_core.protocols import EvictionPolicy, Serde, StorageBackend
+from lmcache_core.redact import hide_urls
 from lmcache_core.slots import Slots
 from lmcache_core.types import ChunkKey, Got, MissReason
 
@@ -30,6 +31,7 @@ _RETRIES = 8
 """How often a put that found no space evicts a little more and tries again."""
 
 _MESSAGE_CHARS = 500
+_HIDDEN_CHARS = 2048
 
 ASK_THREADS = 2
 """Threads that ask a medium what it has: a second one, so that a question that hangs does not stop the next."""
@@ -559,9 +561,11 @@ class StorageTier:
 
     def _failed(self, operation: str, error: BaseException) -> None:
         text = f"{operation}: {type(error).__name__}: {error}" if str(error) else f"{operation}: {error!r}"
+        # Hidden before it is shortened: the beginning of a secret is no longer known as one.
+        text = hide_urls(text[:_HIDDEN_CHARS])[:_MESSAGE_CHARS]
         with self._lock:
             self.counts[f"{operation}_errors"] += 1
-            self.last_error = text[:_MESSAGE_CHARS]
+            self.last_error = text
 
     last_error: str = ""
     """The latest error of the backend, for `stats()` and people."""

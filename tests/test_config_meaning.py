@@ -174,3 +174,23 @@ def test_a_sealed_medium_still_tells_its_numbers() -> None:
             return {"io": "direct"}
 
     assert SealedBackend(Talking({}), Masters.parse("k " + "0" * 64, "x"), 8192, 1, 1).stats() == {"io": "direct"}
+
+
+TWICE = {"tiers": [{"name": "dram", "capacity": "1GiB", "backend": {"type": "cpu"}}]}
+
+
+@pytest.mark.parametrize("text", ['{"threads": 1, "threads": 7}', '{"deadline": "1s", "deadline": "1s"}'])
+def test_json_in_a_variable_names_no_key_twice(text: str) -> None:
+    with pytest.raises(ConfigError, match="holds a key twice"):
+        load(TWICE, {"LMCACHE__TIERS__DRAM__LANE": text})
+
+
+def test_nested_json_in_a_variable_names_no_key_twice() -> None:
+    with pytest.raises(ConfigError, match="holds a key twice"):
+        load({}, {"LMCACHE__TIERS": '[{"name": "r", "capacity": "1GiB", "backend": {"type": "cpu", "type": "cpu"}}]'})
+
+
+def test_two_variables_that_name_one_setting_are_refused() -> None:
+    names = ("LMCACHE__TIERS__DRAM__CAPACITY", "LMCACHE__tiers__dram__capacity")
+    with pytest.raises(ConfigError, match="given twice: LMCACHE__TIERS__DRAM__CAPACITY"):
+        load(TWICE, dict(zip(names, ("2GiB", "3GiB"), strict=True)))

@@ -120,3 +120,59 @@ def test_files_that_can_be_unlinked_are(tmp_path: Path, monkeypatch: pytest.Monk
     left = backend.contains([key_of(n) for n in numbers])
     backend.close()
     assert left == [True, False, False, False]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENODATA, errno.EILSEQ])
+def test_files_on_bad_blocks_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    backend = build(tmp_path / "kv", 4 << 20, 4096 + (16 << 10), mode="files")
+    assert backend.put_from([key_of(1)], [new_object(1, 1, 16 << 10)]) == [None]
+    real, failing = _native.pread_batch, True
+
+    def pread(*columns: Any) -> Any:
+        done = real(*columns)
+        done[:] = -code if failing else done[:]
+        return done
+
+    monkeypatch.setattr(_native, "pread_batch", pread)
+
+    def get() -> Any:
+        return backend.get_into([key_of(1)], [aligned(5 * 4096)])[0]
+
+    assert isinstance(get(), OSError)
+    failing = False
+    assert isinstance(get(), int)  # once is not twice in a row
+    failing = True
+    found = [get() for _ in range(2)]
+    backend.close()
+    assert isinstance(found[0], OSError) and isinstance(found[1], CorruptChunk), found
+
+
+def test_a_file_on_bad_blocks_is_dropped_and_counted_once_and_stored_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: KVLayout
+) -> None:
+    disk = tier("disk", capacity=8 << 20, backend=GdsConfig(path=tmp_path / "kv", mode="files", free_floor=0))
+    memory = TierConfig(name="ram", capacity=16 * 8192, backend=CpuConfig())
+    pipeline = build_pipeline(PipelineConfig(chunk_tokens=layout.chunk_tokens, tiers=(memory, disk)), layout)
+    try:
+        name = keys(1)
+        assert store(pipeline, name) == 1 and pipeline.flush(10)
+        pipeline.clear("ram")
+        real = _native.pread_batch
+
+        def pread(*columns: Any) -> Any:
+            done = real(*columns)
+            done[:] = -errno.EIO
+            return done
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_native, "pread_batch", pread)
+            for _ in range(4):
+                assert serve(pipeline, name) == []
+                assert pipeline.tiers[0].drain(5)
+        assert pipeline.tiers[0].counts["quarantined"] == 1
+        assert pipeline.tiers[0].used == 0
+        assert store(pipeline, name) == 1 and pipeline.flush(10)
+        pipeline.clear("ram")
+        assert len(serve(pipeline, name)) == 1
+    finally:
+        pipeline.close()

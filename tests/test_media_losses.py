@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import errno
 import ftplib
+import io
+import os
 import threading
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
+import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from redis_servers import build, configure
 
-from lmcache_backends.fsspec_store.stores import Files
+from lmcache_backends.fsspec_store.backend import FsspecBackend
+from lmcache_backends.fsspec_store.stores import Files, LocalFiles
 from lmcache_backends.redis_store import RedisConfig
 from lmcache_backends.redis_store.rig import Server
 from lmcache_backends.redis_store.servers import Servers
 from lmcache_core.aio import AsyncStorage, DaemonPool
-from lmcache_core.errors import BackendError, NoSpace
+from lmcache_core.errors import BackendError, CorruptChunk, NoSpace
 from lmcache_core.protocols import BuildContext
 from lmcache_core.testing.memory import aligned
-from lmcache_core.testing.storage import key_of
+from lmcache_core.testing.storage import key_of, new_object
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -169,3 +173,91 @@ def test_a_full_medium_is_said_to_be_full() -> None:
     fs.full = True
     with pytest.raises(NoSpace):
         Files(fs, "/root", atomic=False, threads=1, name="t")._write("/root/x/y/z", memoryview(b"12345"))
+
+
+class Slow:
+    """A rename that takes until it is let go, and has its effect then."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cls: type[Files]) -> None:
+        self.go, self.begun, self.done, self.on = threading.Event(), threading.Event(), threading.Event(), True
+        real = cls._rename
+
+        def rename(store: Any, temporary: str, path: str) -> None:
+            if not self.on:
+                real(store, temporary, path)
+                return
+            self.begun.set()
+            self.go.wait(20)
+            real(store, temporary, path)
+            self.done.set()
+
+        monkeypatch.setattr(cls, "_rename", rename)
+
+
+def files_backend(tmp_path: Path, local: bool) -> FsspecBackend:
+    context = BuildContext("t", 16 << 10, 1 << 20, threads=2, deadline=0.3)
+    if local:
+        made: Files = LocalFiles(fsspec.filesystem("file"), str(tmp_path / "kv"), atomic=False, threads=4, name="t")
+        root = str(tmp_path / "kv")
+    else:
+        root = f"/{tmp_path.name}"
+        made = Files(MemoryFileSystem(), root, atomic=False, threads=4, name="t")
+    return FsspecBackend(made, root, context, concurrency=4, timeout=None, secrets=frozenset())
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("meanwhile", ["deleted", "cleared", "replaced"])
+def test_a_rename_that_ends_after_its_put_was_given_up_brings_nothing_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: bool, meanwhile: str
+) -> None:
+    backend = files_backend(tmp_path, local)
+    slow = Slow(monkeypatch, LocalFiles if local else Files)
+    try:
+        (put,) = backend.put_from([key_of(1)], [new_object(key_of(1), 4096)])
+        assert isinstance(put, Exception) and slow.begun.is_set()
+        slow.on = False
+        if meanwhile == "cleared":
+            # The temporary file as well; so what is renamed here is one that a server has in hand already.
+            monkeypatch.setattr(FsspecBackend, "_reap", lambda self, age: _nothing())
+            backend.clear()
+        else:
+            backend.delete([key_of(1)])
+        if meanwhile == "replaced":
+            assert backend.put_from([key_of(1)], [new_object(key_of(1), 4096)]) == [None]
+        slow.go.set()
+        assert slow.done.wait(10)
+        for _ in range(100):
+            if not backend.contains([key_of(1)])[0]:
+                break
+            threading.Event().wait(0.01)
+        if meanwhile == "replaced":  # either is right: nothing but the object's own bytes, or a miss
+            got = backend.get_into([key_of(1)], [aligned(2 * 4096)])[0]
+            assert got is None or isinstance(got, int)
+        else:
+            assert backend.contains([key_of(1)]) == [False]
+    finally:
+        slow.go.set()
+        backend.close()
+
+
+async def _nothing() -> None:
+    pass
+
+
+def test_a_local_file_on_bad_blocks_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalFiles(None, str(tmp_path), atomic=False, threads=1, name="t")
+    path = tmp_path / "object"
+    path.write_bytes(b"x" * 10)
+    buffer = memoryview(bytearray(16))
+
+    class Bad(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", lambda fd, mode, **_: Bad(fd))
+        with pytest.raises(OSError, match="Input/output"):
+            store._read(str(path), buffer)
+        with pytest.raises(CorruptChunk, match="twice in a row"):
+            store._read(str(path), buffer)
+    assert store._read(str(path), buffer) == 10

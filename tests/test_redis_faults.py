@@ -14,7 +14,8 @@ from conftest import BuildPipeline
 from fake_redis import FakeRedis
 from redis_servers import build, client, cluster, configure, poll, sentinels, tracked, untracked
 
-from lmcache_backends.redis_store import RedisConfig
+from lmcache_backends.redis_store import RedisConfig, transfer
+from lmcache_backends.redis_store import backend as redis_backend
 from lmcache_backends.redis_store.backend import RedisBackend
 from lmcache_backends.redis_store.rig import Server
 from lmcache_core.config import LaneConfig
@@ -473,3 +474,72 @@ def test_a_dead_node_takes_only_its_own_keys(tmp_path: Path) -> None:
             assert backend.contains([key_of(n) for n in everything]) == [n not in lost for n in everything]
         finally:
             backend.close()
+
+
+# -- two engines at one key ---------------------------------------------------------------------------------------
+def once(monkeypatch: pytest.MonkeyPatch, where: Any, work: Any) -> None:
+    """`work()` when a head was read, once."""
+    real, todo = where.head_in, [work]
+
+    def head_in(answer: object) -> Any:
+        if todo:
+            todo.pop()()
+        return real(answer)
+
+    monkeypatch.setattr(where, "head_in", head_in)
+
+
+def test_what_is_written_while_remains_are_swept_leaves_no_pieces(
+    server: Server, config: RedisConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, theirs = build(config), build(config)
+    try:
+        assert put(mine, 0) == [None]
+        with client(server) as ask:
+            ask.delete(next(name for name in names(ask, "lmcache:p:*")))
+            assert len(names(ask, "*")) == 9
+            once(monkeypatch, redis_backend, lambda: put(theirs, 0))
+            assert get(mine, 0) == [None]
+            whole = get(mine, 0) == [bytes(obj(0))]
+            assert whole or names(ask, "*") == [], "pieces that live for ever and that no head names"
+    finally:
+        mine.close()
+        theirs.close()
+
+
+def test_a_put_that_found_its_pieces_evicted_takes_no_other_head_away(
+    server: Server, config: RedisConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, theirs = build(config), build(config)
+    try:
+        with client(server) as ask:
+            real, done = transfer.Writer._refuse, []
+
+            def evict(write: Any) -> None:
+                ask.delete(write.pieces[0])
+
+            complete = transfer.Writer._complete
+
+            def _complete(self: Any, write: Any) -> None:
+                if not done:
+                    done.append(1)
+                    for lane in self._lanes:
+                        lane.flush()
+                        lane.read(0)
+                    evict(write)
+                complete(self, write)
+
+            def _refuse(self: Any, write: Any) -> None:
+                real(self, write)
+                if len(done) == 1:
+                    done.append(2)
+                    assert put(theirs, 0) == [None]
+
+            monkeypatch.setattr(transfer.Writer, "_complete", _complete)
+            monkeypatch.setattr(transfer.Writer, "_refuse", _refuse)
+            assert put(mine, 0) != [None]
+            whole = get(theirs, 0) == [bytes(obj(0))]
+            assert done == [1, 2] and (whole or names(ask, "*") == []), names(ask, "*")
+    finally:
+        mine.close()
+        theirs.close()

@@ -551,6 +551,18 @@ def test_messages_are_bounded(make: Callable[..., StorageTier]) -> None:
     assert 0 < len(tier.last_error) <= 500
 
 
+@pytest.mark.parametrize("before", ["", "x" * 444 + " "])
+def test_the_last_error_hides_what_urls_hold(make: Callable[..., StorageTier], before: str) -> None:
+    medium = Medium()
+    medium.before_put = _raise(
+        OSError(f"{before}cannot reach redis://user:hunter2-and-more@host:6379/0?token=hunter2-and-more")
+    )
+    tier = make(medium)
+    put(tier, keys(1))
+    assert "OSError" in tier.stats()["last_error"]
+    assert "hunter" not in str(tier.stats())
+
+
 def test_a_medium_that_fails_to_answer_lookups_is_paused_for_reads_only_by_its_own_breaker(
     make: Callable[..., StorageTier],
 ) -> None:

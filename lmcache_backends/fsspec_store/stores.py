@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from lmcache_core.aio import DaemonPool
-from lmcache_core.errors import BackendError, CorruptChunk, NoSpace
+from lmcache_core.errors import BAD_BLOCKS, BackendError, CorruptChunk, NoSpace
 from lmcache_core.types import PAGE, MissReason, round_up
 
 _T = TypeVar("_T")
@@ -142,6 +142,8 @@ class Files(Store):
         self._lock = threading.Lock()
         self._made: set[str] = set()
         """Directories known to be there."""
+        self._unread: set[str] = set()
+        """Files whose last read met bad blocks."""
 
     async def exists(self, path: str) -> bool:
         return await self._call(self._size, path) is not None
@@ -181,6 +183,7 @@ class Files(Store):
     def _write(self, path: str, buffer: memoryview) -> None:
         if self._atomic:
             self._fs.pipe_file(path, bytes(buffer))
+            self._withdraw_if_late(path, buffer)
             return
         temporary, moved = f"{self._temporary}/{secrets.token_hex(16)}", False
         try:
@@ -197,6 +200,17 @@ class Files(Store):
             if not moved:
                 with contextlib.suppress(Exception):  # what is to be told is why it was not moved
                     self._remove(temporary)
+        self._withdraw_if_late(path, buffer)
+
+    def _withdraw_if_late(self, path: str, buffer: memoryview) -> None:
+        """Remove what got its name after the call was given up: it may have been deleted since, and is in nobody's
+        books. What was stored anew meanwhile goes with it, which is a miss."""
+        try:
+            _still_lent(buffer)
+        except BackendError:
+            with contextlib.suppress(Exception):
+                self._remove(path)
+            raise
 
     def _fill_temporary(self, temporary: str, buffer: memoryview) -> None:
         self._fs.pipe_file(temporary, bytes(buffer))
@@ -254,9 +268,18 @@ class LocalFiles(Files):
                 if nbytes > len(buffer):
                     raise oversized(path, nbytes)
                 # Not into the buffer: a read that hangs would keep it, and be done when another chunk is there.
-                return fill(path, file.read(nbytes), buffer)
+                got = fill(path, file.read(nbytes), buffer)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno not in BAD_BLOCKS:
+                raise
+            if path in self._unread:  # kept, it would fail every request for its prefix, and never be stored anew
+                raise CorruptChunk(MissReason.ERROR, f"{path} cannot be read, twice in a row") from error
+            self._unread.add(path)
+            raise
+        self._unread.discard(path)
+        return got
 
     def _fill_temporary(self, temporary: str, buffer: memoryview) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -269,6 +292,7 @@ class LocalFiles(Files):
         os.replace(temporary, path)
 
     def _remove(self, path: str) -> None:
+        self._unread.discard(path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
 

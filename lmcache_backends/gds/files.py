@@ -26,7 +26,7 @@ from typing import NamedTuple
 from lmcache_backends.gds import transfer
 from lmcache_backends.gds.folder import BLOCK, Fd, Folder, Io
 from lmcache_backends.gds.killpoint import killpoint
-from lmcache_core.errors import BackendError, BackendUnavailable, CorruptChunk, NoSpace
+from lmcache_core.errors import BAD_BLOCKS, BackendError, BackendUnavailable, CorruptChunk, NoSpace
 from lmcache_core.types import HEADER_BYTES, IDENTITY_BYTES, PAGE, ChunkKey, Got, MissReason, Put, Usage, round_up
 from lmcache_core.units import Percent
 
@@ -75,6 +75,8 @@ class FileVolume:
         """Held while a file gets its name, so that `clear` misses none."""
         self._epoch = 0
         self._index: dict[ChunkKey, _File] = {}
+        self._unread: set[ChunkKey] = set()
+        """Objects whose last read met bad blocks."""
         self._directories: dict[str, int] = {}
         """Bytes each directory occupies, by path."""
         self._used = 0
@@ -154,6 +156,7 @@ class FileVolume:
                 self._epoch += 1  # what began to be written before this, perhaps in a file removed above, is gone too
                 self._used -= sum(file.allocated for file in self._index.values()) + sum(self._directories.values())
                 self._index.clear()
+                self._unread.clear()
                 self._directories.clear()
             self._weigh_fixed(objects)
             killpoint("clear.after")
@@ -188,7 +191,7 @@ class FileVolume:
                 self._forget(key)
                 continue
             except OSError as error:
-                results[i] = error
+                results[i] = self._unreadable(key, error)
                 continue
             info = os.fstat(fd.number)
             if info.st_size < HEADER_BYTES or round_up(info.st_size) > len(buffers[i]):
@@ -203,8 +206,23 @@ class FileVolume:
         if reads:
             spans = [transfer.span(fd.number, 0, buffers[i], nbytes) for i, fd, nbytes in reads]
             for (i, _, nbytes), got in zip(reads, transfer.read(spans), strict=True):
-                results[i] = nbytes if got == nbytes else transfer.failure(got, keys[i].hex())
+                if got == nbytes:
+                    self._unread.discard(keys[i])
+                    results[i] = nbytes
+                else:
+                    results[i] = self._unreadable(keys[i], transfer.failure(got, keys[i].hex()))
         return results
+
+    def _unreadable(self, key: ChunkKey, error: Exception) -> Exception:
+        """What to tell of a read that failed. Bad blocks twice in a row: the object is given up, to be stored anew."""
+        bad = isinstance(error, OSError) and error.errno in BAD_BLOCKS
+        if bad and key in self._unread:
+            return CorruptChunk(MissReason.ERROR, f"{key.hex()} cannot be read, twice in a row")
+        if bad:
+            self._unread.add(key)
+        else:
+            self._unread.discard(key)
+        return error
 
     # -- writing -----------------------------------------------------------------------------------------------
     def _write(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
@@ -280,6 +298,7 @@ class FileVolume:
                 before = self._index.get(key)
                 self._used += file.allocated - (before.allocated if before else 0)
                 self._index[key] = file
+                self._unread.discard(key)
         self._weigh(_path(key), leaf)  # a name more may have cost it a block
 
     def _reserve(self, nbytes: int, free: int) -> None:
@@ -371,6 +390,7 @@ class FileVolume:
     def _forget(self, key: ChunkKey) -> None:
         with self._lock:
             file = self._index.pop(key, None)
+            self._unread.discard(key)
             if file is not None:
                 self._used -= file.allocated
 

@@ -30,7 +30,7 @@ from lmcache_backends.gds.killpoint import killpoint
 from lmcache_backends.gds.mover import HOST, Movement
 from lmcache_backends.gds.slab import Entry, Segment, Slab
 from lmcache_core import _native
-from lmcache_core.errors import BackendError, BackendUnavailable, CorruptChunk, NoSpace
+from lmcache_core.errors import BAD_BLOCKS, BackendError, BackendUnavailable, CorruptChunk, NoSpace
 from lmcache_core.seal import read_header
 from lmcache_core.types import PAGE, ChunkKey, Got, MissReason, Put, Usage, object_bytes, round_up
 from lmcache_core.units import Percent
@@ -43,9 +43,6 @@ _VERSION = 1
 _SUPERBLOCK = struct.Struct("<8sQQQQ")
 _NOT_OURS = (errno.ELOOP, errno.EPERM, errno.EISDIR, errno.ENXIO)
 _SCAN_PAGES = 256
-_BAD_BLOCKS = (errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EREMOTEIO)
-"""What a read of bad blocks ends with: EIO through the page cache; direct I/O passes on what the block layer says,
-ENODATA for a medium error, EILSEQ for a failed protection check, EREMOTEIO for a failed target."""
 
 
 class SegmentVolume:
@@ -117,13 +114,13 @@ class SegmentVolume:
                 entry.unread = False
             elif got >= 0:
                 results[i] = CorruptChunk(MissReason.CORRUPT, f"{entry.segment.name} ends inside the object")
-            elif -got in _BAD_BLOCKS and entry.unread:
+            elif -got in BAD_BLOCKS and entry.unread:
                 # Bad blocks: kept, it would fail every request for its prefix, and never be stored anew. An error all
                 # the same: a disk that can read nothing must not look sound.
                 results[i] = CorruptChunk(MissReason.ERROR, f"{entry.segment.name} cannot be read, twice in a row")
             else:
                 results[i] = transfer.failure(got, entry.segment.name)
-                entry.unread = -got in _BAD_BLOCKS
+                entry.unread = -got in BAD_BLOCKS
         return results
 
     def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:

@@ -12,7 +12,7 @@ from typing import Any
 from lmcache_backends.redis_store.format import Head, Names
 from lmcache_backends.redis_store.presence import Presence
 from lmcache_backends.redis_store.servers import Servers, Target
-from lmcache_backends.redis_store.transfer import OPEN, Reader, Refused, Writer, head_in, read_head, transaction
+from lmcache_backends.redis_store.transfer import OPEN, Reader, Refused, Writer, head_in, read_head, unlink
 from lmcache_backends.redis_store.wire import Address, Link, Moved, ServerError, Turns, command
 from lmcache_core.errors import BackendError, Closed
 from lmcache_core.protocols import StorageBackend
@@ -128,14 +128,8 @@ class RedisBackend(StorageBackend):
         """Delete what is left of objects that lost a piece, unless they were written anew meanwhile."""
         names = self._names
         link.send([b"".join([read_head(names.head(keys[i])) for i in some])])
-        doomed: list[bytes] = []
-        for i in some:
-            head = head_in(link.reply())
-            if head is not None and head.generation == broken[i].generation:
-                doomed.append(command(b"UNLINK", names.head(keys[i]), *names.pieces(keys[i], head)))
-        link.send(doomed)
-        for _ in doomed:
-            link.reply()
+        heads = [(keys[i], head_in(link.reply()), broken[i].generation) for i in some]
+        unlink(link, names, [(key, head) for key, head, lost in heads if head is not None and head.generation == lost])
 
     # -- writing ---------------------------------------------------------------------------------------------
     def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
@@ -171,22 +165,9 @@ class RedisBackend(StorageBackend):
                     results[i] = None
                 else:
                     heads[i] = head_in(answer)
-            # The head goes together with its pieces, so that nothing is left whenever this ends, and is read once more:
-            # if the object was written anew meanwhile, the new pieces have to go as well.
-            for i, head in heads.items():
-                name = names.head(keys[i])
-                pieces = names.pieces(keys[i], head) if head else []
-                link.send([command(b"MULTI"), read_head(name), command(b"UNLINK", name, *pieces), command(b"EXEC")])
-            doomed: list[bytes] = []
-            for i, head in heads.items():
-                refused, answers = transaction(link, 2)
-                results[i] = refused
-                last = head_in(answers[0]) if answers else None
-                if last is not None and last != head and last.count:
-                    doomed.append(command(b"UNLINK", *names.pieces(keys[i], last)))
-            link.send(doomed)
-            for _ in doomed:
-                link.reply()
+            refused = unlink(link, names, [(keys[i], head) for i, head in heads.items()])
+            for i, refusal in zip(heads, refused, strict=True):
+                results[i] = refusal
 
         failures = self._everywhere(keys, results, until, self._linked(forget, until))
         if self.presence is not None:

@@ -59,6 +59,30 @@ def transaction(link: Link, commands: int) -> tuple[Refused | None, list[Any]]:
     return refused, inner
 
 
+def unlink(link: Link, names: Names, found: Sequence[tuple[ChunkKey, Head | None]]) -> list[Refused | None]:
+    """Delete objects whose heads were read; why not, for each.
+
+    A head goes together with its pieces, so that nothing is left whenever this ends, and is read once more: if the
+    object was written anew meanwhile, the new pieces have to go as well.
+    """
+    for key, head in found:
+        name = names.head(key)
+        pieces = names.pieces(key, head) if head else []
+        link.send([command(b"MULTI"), read_head(name), command(b"UNLINK", name, *pieces), command(b"EXEC")])
+    doomed: list[bytes] = []
+    results: list[Refused | None] = []
+    for key, head in found:
+        refused, answers = transaction(link, 2)
+        results.append(refused)
+        last = head_in(answers[0]) if answers else None
+        if last is not None and last != head and last.count:
+            doomed.append(command(b"UNLINK", *names.pieces(key, last)))
+    link.send(doomed)
+    for _ in doomed:
+        link.reply()
+    return results
+
+
 class Reader:
     """Reads some objects over one connection."""
 
@@ -246,6 +270,8 @@ class Writer:
         self._buffers = buffers
         self._results = results
         self._doomed: list[bytes] = []
+        self._broken: list[tuple[ChunkKey, Head | None]] = []
+        """Objects whose head was written after a piece had gone."""
 
     def run(self, some: Sequence[int]) -> None:
         """Write the objects at these positions: pieces of the next one are on their way while one is completed."""
@@ -263,6 +289,7 @@ class Writer:
         link.send(self._doomed)
         for _ in self._doomed:
             link.reply()
+        unlink(link, self._names, self._broken)
 
     def _send(
         self, write: _Write, start: bytes, body: _Frames, nbytes: int, read: Callable[[Link, _Write], None]
@@ -336,18 +363,18 @@ class Writer:
         old, count = write.old, len(write.pieces)
         write.refused, answers = transaction(link, count + 2 + bool(old and old.count))
         key = self._keys[write.i]
+        last = head_in(answers[0]) if write.refused is None else None
+        if last is not None and last != old and last.count:
+            # Somebody else wrote the object in between.
+            self._doomed.append(command(b"UNLINK", *self._names.pieces(key, last)))
         if write.refused is None and 0 in answers[1 : 1 + count]:
             # The server is evicting what we are writing: a head without its pieces is of no use to anybody.
             write.refused = ServerFull(f"{link.where}: it evicted a piece before the object was complete")
-            self._doomed.append(command(b"UNLINK", self._names.head(key)))
+            self._broken.append((key, write.head))
         if write.refused is not None:
             self._refuse(write)
             return
         self._results[write.i] = None
-        last = head_in(answers[0])
-        if last is not None and last != old and last.count:
-            # Somebody else wrote the object in between.
-            self._doomed.append(command(b"UNLINK", *self._names.pieces(key, last)))
 
     def _refuse(self, write: _Write) -> None:
         self._results[write.i] = write.refused

@@ -23,6 +23,7 @@ from lmcache_core.config import PipelineConfig
 from lmcache_core.errors import ConfigError, Problem, Unsupported
 from lmcache_core.identity import Identity
 from lmcache_core.protocols import Frozen
+from lmcache_core.redact import hide
 
 TESTED = "0.5.23"
 
@@ -96,7 +97,7 @@ def settings_of(extra: Mapping[str, Any], *, ours: tuple[str, ...]) -> Settings:
                 Problem(
                     where="extra config",
                     path=".".join(str(part) for part in problem["loc"]),
-                    what=f"{problem['msg']}: {problem['input']!r}",
+                    what=f"{problem['msg']}: {hide(problem['input'], str(problem['loc'][-1]))!r}",
                     fix=f"known settings: {', '.join(Settings.model_fields)}",
                 )
                 for problem in error.errors()

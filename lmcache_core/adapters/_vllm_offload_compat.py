@@ -25,6 +25,7 @@ from lmcache_core.errors import ConfigError, Problem, Unsupported
 from lmcache_core.identity import Identity
 from lmcache_core.layout import KVLayout
 from lmcache_core.protocols import Frozen
+from lmcache_core.redact import hide
 
 TESTED = "0.32"
 
@@ -214,7 +215,7 @@ def settings_of(given: Mapping[str, Any], where: str) -> Settings:
                 Problem(
                     where=where,
                     path=".".join(str(part) for part in problem["loc"]),
-                    what=f"{problem['msg']}: {problem['input']!r}",
+                    what=f"{problem['msg']}: {hide(problem['input'], str(problem['loc'][-1]))!r}",
                     fix=f"known settings: {', '.join(Settings.model_fields)}; "
                     "the size of a chunk is `chunk_tokens` of the configuration"
                     if where == "kv_connector_extra_config"

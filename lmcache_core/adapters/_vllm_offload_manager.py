@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,16 @@ class _Request:
     """Which kind of medium each hit came from."""
     missed: set[OffloadKey] = field(default_factory=set)
     """What could not be fetched: it would be tried again for ever."""
+    asked: bool = False
+    """Looked up in this step."""
+    put_off: float | None = None
+    """Since when (`monotonic()`) it has waited for memory that others hold."""
     finished: bool = False
+
+    @property
+    def slots(self) -> int:
+        """Slots that it keeps, or may be about to fill."""
+        return len(self.waiting) + len(self.held) + sum(map(len, self.loading))
 
     def leases(self) -> list[Lease]:
         """All that is pinned for hits, each once."""
@@ -74,6 +84,7 @@ class Manager(OffloadingManager):
         self.store = store
         self.pipeline = store.pipeline
         self._windows = windows
+        self._patience = max((tier.deadline for tier in self.pipeline.tiers), default=0.0)
         self._requests: dict[str, _Request] = {}
         self._storing: dict[OffloadKey, Reservation] = {}
         self._stale: list[Lease | Reservation] = []
@@ -90,6 +101,7 @@ class Manager(OffloadingManager):
         if self._off:
             return LookupResult.MISS
         request = self._requests.setdefault(req_context.req_id, _Request())
+        request.asked = True
         transfer = request.waiting.get(key)
         if transfer is not None:
             if not transfer.done:
@@ -131,8 +143,28 @@ class Manager(OffloadingManager):
         self._arrived(keys[: len(lease)])
 
     def on_schedule_end(self, context: Any) -> None:
-        """Start to fetch what this step's lookups found on media, and drop the pins of hits that it did not use."""
+        """Start to fetch what this step's lookups found on media, and drop the pins of hits that it did not use.
+
+        Requests take turns where memory cannot hold what all of them want, for a chunk without room would be a miss;
+        but nobody waits for others longer than for a medium.
+        """
+        taken, full, now = sum(request.slots for request in self._requests.values()), False, monotonic()
         for request in self._requests.values():
+            asked, request.asked = request.asked, False
+            if not asked and all(transfer.done for transfer in request.waiting.values()):
+                # The engine has no room for it now: what was read stays in memory, but not pinned for as long as that.
+                for transfer in dict.fromkeys(request.waiting.values()):
+                    self._settle(request, transfer)
+            others = taken - request.slots
+            full = full or bool(others and request.wanted and taken + len(request.wanted) > self.pipeline.slots.count)
+            if full and request.wanted:
+                if request.put_off is None:
+                    request.put_off = now
+                if now - request.put_off < self._patience:
+                    request.wanted = {}  # vLLM was told to ask again
+            if request.wanted:
+                request.put_off = None
+            taken += len(request.wanted)
             # A fetch is cut at its first gap, and a gap in one KV group says nothing of the others.
             # A window is sought from its right end, and only some of its chunks are stored: each is fetched by itself.
             for number, group in groupby(request.wanted, get_offload_group_idx):

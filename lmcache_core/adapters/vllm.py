@@ -44,6 +44,7 @@ from lmcache_core.identity import Identity
 from lmcache_core.layout import KVLayout
 from lmcache_core.pipeline import Pipeline
 from lmcache_core.protocols import Frozen
+from lmcache_core.redact import hide
 from lmcache_core.units import format_bytes
 
 logger = init_logger("vllm.lmcache_core")  # below vLLM's own, whose handlers and level apply
@@ -443,7 +444,7 @@ def _settings(extra: Mapping[str, Any]) -> Settings:
                 Problem(
                     where="kv_connector_extra_config",
                     path=".".join(str(part) for part in problem["loc"]),
-                    what=f"{problem['msg']}: {problem['input']!r}",
+                    what=f"{problem['msg']}: {hide(problem['input'], str(problem['loc'][-1]))!r}",
                     fix=f"known settings: {', '.join(Settings.model_fields)}",
                 )
                 for problem in error.errors()

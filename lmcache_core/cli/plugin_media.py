@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from lmcache_core.config.draft import once
 from lmcache_core.errors import ConfigError, Problem
 from lmcache_core.plugins import RIGS, Plugins
 from lmcache_core.spelling import closest
@@ -41,7 +42,7 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
             problems.append(Problem(where="command line", path="--option", what=f"`{key}` is no setting", fix=fix))
             continue
         try:
-            options[key] = json.loads(value) if value[:1] in ("[", "{") else value
+            options[key] = json.loads(value, object_pairs_hook=once) if value[:1] in ("[", "{") else value
         except ValueError as error:
             problems.append(Problem(where="command line", path=f"--option {key}", what=f"is no JSON: {error}"))
     if problems:

@@ -94,16 +94,34 @@ def _plain(value: Any) -> Any:
     return value
 
 
+class GivenTwice(ValueError):
+    """A key that stands twice in the same JSON object."""
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` that takes no key twice. Raise `GivenTwice`."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise GivenTwice("a key is given twice")
+    return found
+
+
 def overlay(draft: Draft, env: Mapping[str, str]) -> None:
     """Apply every `LMCACHE__...` variable. Tiers are addressed by name, everything else by its keys."""
     names = [name for name in env if name.startswith(OVERLAY)]
     # Outer settings first, so that a whole backend can be replaced and one of its keys changed in one go.
+    known: dict[str, str] = {}
     for name in sorted(names, key=lambda n: (n.count("__"), n)):
-        found = _apply(draft, name, env[name])
+        first = known.setdefault(name.upper(), name)
+        found = _apply(draft, name, env[name]) if first == name else _twice(first)
         if found is not None:
             path, what, fix = found
             why = "an overlay that changes nothing would be believed to be in force"
             draft.problems.append(Problem(f"environment variable {name}", path, what, why, fix, code=Code.ENVIRONMENT))
+
+
+def _twice(first: str) -> tuple[str, str, str]:
+    return "", f"the setting is given twice: {first} names the same one", "remove one of the two variables"
 
 
 def _apply(draft: Draft, name: str, text: str) -> tuple[str, str, str] | None:
@@ -142,7 +160,9 @@ def _apply(draft: Draft, name: str, text: str) -> tuple[str, str, str] | None:
     if text.lstrip()[:1] in ("[", "{") or text == "null":
         path, fix = dotted((*loc, keys[-1])), "lists and mappings are written as JSON, with double quotes"
         try:
-            value = json.loads(text)
+            value = json.loads(text, object_pairs_hook=once)
+        except GivenTwice:
+            return path, "holds a key twice", "remove one of the two: one would win silently"
         except (ValueError, RecursionError):
             return path, "is not valid JSON", fix
         if reason := out_of_bounds(value):

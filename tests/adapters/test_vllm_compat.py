@@ -36,7 +36,7 @@ with warnings.catch_warnings():
     from lmcache_core.adapters import _vllm_compat as compat
     from lmcache_core.adapters import _weights
     from lmcache_core.adapters._vllm_telemetry import Stats
-    from lmcache_core.adapters.vllm import LMCacheCoreConnector, PagesMetadata
+    from lmcache_core.adapters.vllm import LMCacheCoreConnector, PagesMetadata, _settings
 
 BLOCKS, HEADS, BLOCK, DIM, LAYERS = 12, 2, 32, 32, 3
 
@@ -853,3 +853,18 @@ def test_configuration_from_a_file(tmp_path: Path) -> None:
     path.write_text(json.dumps({"chunk_tokens": 7, "tiers": []}))
     with pytest.raises(ConfigError, match="tiers"):
         connector(KVConnectorRole.SCHEDULER, tmp_path, config=str(path))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"config": "/x.yaml", "redis_password": "hunter2-and-more"},
+        {"tiers": [{"name": "r", "backend": {"type": "redis", "url": "redis://u:hunter2-and-more@h/0"}}]},
+        {"config": ["redis://u:hunter2-and-more@h/0"]},
+        {"config": "/x", "weights": {"password": "hunter2-and-more"}},
+    ],
+)
+def test_mistakes_in_an_engines_settings_show_no_secret(extra: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _settings(extra)
+    assert "hunter2" not in str(caught.value)

@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -629,7 +630,8 @@ class Offloaded:
         return len(new or ())
 
     def find(self, keys: Sequence[Any], context: ReqContext) -> int:
-        for _ in range(6):
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
             answers = [self.manager.lookup(key, context) for key in keys]
             hits = answers.index(MISS) if MISS in answers else len(answers)
             if all(answer is HIT for answer in answers[:hits]):
@@ -638,7 +640,8 @@ class Offloaded:
             for request in self.manager._requests.values():
                 for transfer in request.waiting.values():
                     transfer.wait(30)
-        raise AssertionError(f"no answer after 6 steps: {answers}")
+            time.sleep(0.001)
+        raise AssertionError(f"no answer: {answers}")
 
     def load(self, keys: Sequence[Any], skip: int = 0) -> int:
         """Load what there is, without its first `skip` blocks, and compare every byte of every block."""
@@ -769,6 +772,81 @@ def test_more_than_memory_holds(offloaded: Callable[..., Offloaded]) -> None:
         one.store(keys_of(*range(first, first + 3)))
         settle(one.manager.pipeline)
     assert one.load(keys_of(*range(6))) == 4  # the rest finds no room, and vLLM computes it
+
+
+def settle_lanes(one: Offloaded) -> None:
+    for tier in one.manager.pipeline.tiers:
+        assert tier.drain(10)
+
+
+def on_disk(offloaded: Callable[..., Offloaded], slots: int, count: int) -> Offloaded:
+    one = offloaded(slots=slots)
+    for name in range(count):
+        assert one.store(keys_of(name)) == 1
+        settle(one.manager.pipeline)
+    return offloaded(slots=slots)
+
+
+def test_a_request_that_is_not_asked_again_pins_nothing(
+    offloaded: Callable[..., Offloaded],
+) -> None:
+    """The engine is full: requests that wait are not looked up for as long as others run."""
+    one = on_disk(offloaded, 4, 4)
+    waiting = one.request()
+    for key in keys_of(*range(4)):
+        assert one.manager.lookup(key, waiting) in (PENDING, RETRY)
+    one.step()
+    for transfer in one.manager._requests[waiting.req_id].waiting.values():
+        assert transfer.wait(30)
+    settle_lanes(one)
+    for _ in range(3):
+        one.step()
+    settle_lanes(one)
+    assert one.store(keys_of(9)) == 1, "the save of a running request found no room"
+    settle_lanes(one)
+    assert one.find(keys_of(*range(4)), waiting) == 4
+    one.manager.on_request_finished(waiting)
+
+
+def test_requests_that_wait_side_by_side_do_not_lose_their_hits(offloaded: Callable[..., Offloaded]) -> None:
+    one = on_disk(offloaded, 4, 8)
+    first, second = one.request(), one.request()
+    wants = {first.req_id: keys_of(*range(4)), second.req_id: keys_of(*range(4, 8))}
+    found: dict[str, int] = {}
+    for _ in range(20):
+        for context in (first, second):
+            if context.req_id in found:
+                continue
+            answers = [one.manager.lookup(key, context) for key in wants[context.req_id]]
+            hits = answers.index(MISS) if MISS in answers else len(answers)
+            if all(answer is HIT for answer in answers[:hits]):
+                found[context.req_id] = hits
+                if hits:
+                    where = one.manager.prepare_load(wants[context.req_id][:hits], context)
+                    one.copy_in(wants[context.req_id][:hits], where)
+                    one.manager.complete_load(set(wants[context.req_id][:hits]), context)
+        one.step()
+        for request in one.manager._requests.values():
+            for transfer in request.waiting.values():
+                transfer.wait(30)
+    one.manager.on_request_finished(first)
+    one.manager.on_request_finished(second)
+    assert found == {first.req_id: 4, second.req_id: 4}
+
+
+def test_nobody_waits_for_others_longer_than_for_a_medium(offloaded: Callable[..., Offloaded]) -> None:
+    """A load that never ends keeps its slots: what the next one has no room for is computed."""
+    on_disk(offloaded, 4, 8)
+    one = offloaded(slots=4, disk={"lane": {"deadline": 0.3}})
+    stuck, other = one.request(), one.request()
+    assert one.find(keys_of(*range(4)), stuck) == 4
+    one.manager.prepare_load(keys_of(*range(4)), stuck)
+    began = time.monotonic()
+    assert one.find(keys_of(*range(4, 8)), other) == 0
+    assert time.monotonic() - began >= 0.3
+    one.manager.complete_load(set(keys_of(*range(4))), stuck)
+    one.manager.on_request_finished(stuck)
+    one.manager.on_request_finished(other)
 
 
 def test_wrong_bytes_are_a_miss(offloaded: Callable[..., Offloaded], injector: FaultInjector) -> None:
@@ -912,7 +990,7 @@ def test_events_of_memory(offloaded: Callable[..., Offloaded]) -> None:
 def test_at_random(offloaded: Callable[..., Offloaded], injector: FaultInjector) -> None:
     """Requests in any order over a disk that loses, spoils and refuses: every byte loaded is the right one."""
     random = Random(5)
-    one = offloaded(slots=6, disk={"lane": {"deadline": 1.0}})
+    one = offloaded(slots=6, disk={"lane": {"deadline": 0.3}})  # how long one waits for another's slots
     injector["disk"].rates = Rates(flip=0.1, lost_get=0.1, error=0.1)
     loaded = 0
     live: list[tuple[ReqContext, list[Any], Any]] = []

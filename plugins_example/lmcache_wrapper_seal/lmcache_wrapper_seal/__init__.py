@@ -18,7 +18,7 @@ from lmcache_core.hookspecs import hookimpl
 from lmcache_core.protocols import BackendConfig, BuildContext, MemoryBackend, PluginConfig, StorageBackend
 from lmcache_wrapper_seal.backend import SealedBackend, staging_bytes
 from lmcache_wrapper_seal.envelope import OVERHEAD
-from lmcache_wrapper_seal.keys import BadKeys, Masters, read_private
+from lmcache_wrapper_seal.keys import BadKeys, Masters, read_private, variable
 
 LMCACHE_API = 1
 
@@ -46,7 +46,7 @@ class SealConfig(PluginConfig):
             if self.keys is not None:
                 source, text = str(self.keys), read_private(self.keys)
             else:
-                source = f"environment variable {self.keys_env}"
+                source = variable(self.keys_env or "")
                 text = os.environ.get(self.keys_env or "", "")
             return Seal(self, Masters.parse(text, source))
         except BadKeys as error:

@@ -37,6 +37,21 @@ _REMEMBERED = 1024
 """Derived keys kept at hand; deriving one takes microseconds."""
 
 
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_HEX = re.compile(r"[0-9A-Fa-f]{16,}")
+
+
+def told(source: str) -> str:
+    """A file's or variable's name for messages: without what may be a key that was put in its place."""
+    return _HEX.sub("***", source)
+
+
+def variable(name: str) -> str:
+    """What to call an environment variable in messages; what cannot be a name may be the key itself."""
+    plain = _NAME.fullmatch(name) and not _HEX.search(name)
+    return f"environment variable {name}" if plain else "the environment variable that `keys_env` is to name"
+
+
 class BadKeys(Exception):
     """Master keys that cannot be used. Its text never shows any part of a line."""
 
@@ -58,7 +73,9 @@ def read_private(path: Path) -> str:
                 raise BadKeys(f"{path} belongs to user {status.st_uid}", f"chown it to {os.geteuid()} or root")
             return file.read().decode("ascii")
     except OSError as error:
-        raise BadKeys(f"{path} cannot be read: {error.strerror}", "make it: see the README, `Keys`") from error
+        # Without a cause, which names the path: a key may stand there by mistake.
+        what = f"{told(str(path))} cannot be read: {error.strerror}"
+        raise BadKeys(what, "make it: see the README, `Keys`") from None
     except UnicodeDecodeError:
         raise BadKeys(f"{path} is not ASCII text", "write a line `ID 64-HEX-DIGITS` for each key") from None
 

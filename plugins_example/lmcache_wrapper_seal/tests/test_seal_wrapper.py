@@ -345,6 +345,14 @@ def test_keys_that_cannot_be_used_are_refused(tmp_path: Path, monkeypatch: pytes
     assert "environment variable SEAL_KEYS holds no key" in problem(tmp_path, "keys_env: SEAL_KEYS")
 
 
+@pytest.mark.parametrize(
+    "setting", [f"keys_env: {'a5' * 32}", f"keys_env: key-1 {'a5' * 32}", f"keys: key-1 {'a5' * 32}"]
+)
+def test_a_key_in_the_place_of_its_name_is_not_shown(tmp_path: Path, setting: str) -> None:
+    text = problem(tmp_path, setting)
+    assert "a5a5" not in text and ("holds no key" in text or "cannot be read" in text)
+
+
 def test_keys_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEAL_KEYS", f"{NEW}\n{OLD}")
     plugins = Plugins()
