@@ -266,7 +266,13 @@ def _plan(
         deadline=tier.lane.deadline,
         lookup_deadline=tier.lane.lookup_deadline,
     )
-    return _Storage(tier, eviction, serde, context, staging, plugins.memory_bytes(tier.backend, context))
+    try:
+        own = plugins.memory_bytes(tier.backend, context)
+    except _PLUGIN_ERRORS as error:
+        what = f"backend {tier.backend.type!r} cannot say what memory it takes: {_said(error)}"
+        problems.append(Problem(where="build", path=f"{where}.backend", what=what))
+        return None
+    return _Storage(tier, eviction, serde, context, staging, own)
 
 
 def beside_slots(config: PipelineConfig, layout: KVLayout, plugins: Plugins) -> int:

@@ -76,8 +76,11 @@ def installed() -> list[Installed]:
     found: list[Installed] = []
     seen: set[str] = set()
     for dist in importlib.metadata.distributions():
-        ours = [entry for entry in dist.entry_points if entry.group in GROUPS]
-        if not ours:
+        try:
+            ours = [entry for entry in dist.entry_points if entry.group in GROUPS]
+        except ValueError:  # somebody else's, and no text: no plugin of ours can be announced there
+            continue
+        if not ours or not dist.name:  # half removed: without its metadata it is not installed
             continue
         folded = _SEPARATORS.sub("-", dist.name).lower()
         if folded in seen:

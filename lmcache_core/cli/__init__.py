@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
+from lmcache_core import redact
 from lmcache_core.cli import (
     bench,
     check,
@@ -40,10 +45,18 @@ exit codes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `lmcachectl` with the given arguments and return its exit code."""
-    args = _parser().parse_args(argv)
     try:
-        code: int = args.run(args)
-        sys.stdout.flush()
+        args = _parser().parse_args(argv)
+    except SystemExit as error:
+        if error.code and "--json" in (sys.argv[1:] if argv is None else argv):
+            emit({"ok": False, "error": "the command line is wrong: see stderr"})
+        raise
+    code: int = OK
+    try:
+        with _told_to_end():
+            code = args.run(args)
+            if sys.stdout is not None:  # closed by whoever started us
+                sys.stdout.flush()
     except ConfigError as error:
         problems = [
             {name: str(getattr(problem, name)) for name in ("code", "where", "path", "value", "what", "why", "fix")}
@@ -59,8 +72,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader has seen enough; keep the interpreter from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+        return code
+    except SystemExit as error:
+        if isinstance(error.code, int) and error.code > 128:
+            raise
+        return _fail(args, PROBLEM, *_unexpected(f"a plugin ended the process: SystemExit: {error.code}"))
+    except OSError as error:
+        return _fail(args, PROBLEM, *_unexpected(str(error)))
+    except Exception as error:
+        traceback.print_exc()
+        return _fail(args, PROBLEM, *_unexpected(f"{type(error).__name__}: {error}"))
     return code
+
+
+def _unexpected(text: str) -> tuple[str, dict[str, object]]:
+    text = redact.hide_urls(text)
+    return text, {"error": text}
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Who is told to end, or whose terminal goes away, cleans up like one who is interrupted: files and servers."""
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    numbers = numbers if threading.current_thread() is threading.main_thread() else []
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,10 +10,11 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from lmcache_core import redact
 from lmcache_core.cli.bench_common import Ratio, describe_machine, work_directory
 from lmcache_core.cli.console import OK, add_json, emit, table, working
-from lmcache_core.cli.plugin_media import add_options, parse_options, started
-from lmcache_core.errors import LMCacheError
+from lmcache_core.cli.plugin_media import add_options, parse_options, secrets_of, started
+from lmcache_core.errors import BackendError, LMCacheError
 from lmcache_core.plugins import Plugins
 from lmcache_core.testing.bench import Figures, measure
 from lmcache_core.testing.rig import Baseline, Medium
@@ -24,7 +25,7 @@ DESCRIPTION = """\
 Start what a backend needs on loopback, by its rig, and measure it beside the best tool or client of its medium.
 
 figures (medians over the rounds; objects are sealed, as a tier's are):
-  put_gb_s, get_gb_s   GB/s of the backend: a thread for each core, at most 4, with 4 objects a call
+  put_gb_s, get_gb_s   GB/s of the backend: 4 threads with 4 objects a call
   put_vs_baseline      median over the rounds of backend / baseline; the baseline is named in `baseline`
   get_vs_baseline      likewise; both are null where the medium has nothing to compare with
   exists_1000_ms       one `contains` of 1,000 keys, half of them stored
@@ -99,12 +100,15 @@ def run(args: argparse.Namespace) -> int:
     options = parse_options(args.option)
     effort = QUICK if args.quick else FULL
     plugins = Plugins()
-    with (
-        work_directory(args.path) as directory,
-        started(plugins, args.type, options, directory) as medium,
-        working(f"measuring backend {args.type}"),
-    ):
-        result = measure_backend(medium, args.object_bytes, effort)
+    try:
+        with (
+            work_directory(args.path) as directory,
+            started(plugins, args.type, options, directory) as medium,
+            working(f"measuring backend {args.type}"),
+        ):
+            result = measure_backend(medium, args.object_bytes, effort)
+    except BackendError as error:
+        raise BackendError(redact.scrub(str(error), secrets_of(options, plugins.backend(args.type)))) from None
     result = {"ok": True, "type": args.type, **result, "options": {"quick": args.quick, **asdict(effort)}}
     if args.json:
         emit(result)
@@ -221,5 +225,4 @@ def render(result: Mapping[str, Any]) -> str:
     return "\n\n".join([head, table(rows), table(small)])
 
 
-_MOST_THREADS = 4
 _COLUMNS = ("subject", "subject_best", "control", "control_best", "ratio")

@@ -96,7 +96,7 @@ def _load(made: Conversion) -> list[Problem]:
     """What this machine has against the result; raise `ConfigError` when something else is wrong with it."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "converted.yaml"
-        file.write_text(made.text)
+        file.write_text(made.text, encoding="utf-8")
         try:
             load(file, env={})
         except ConfigError as error:
@@ -116,8 +116,13 @@ def _write(path: Path, text: str) -> None:
         fix = "choose another name, or remove it first" if there else "choose another place"
         what = f"cannot write it: {(error.strerror or str(error)).lower()}"
         raise ConfigError([Problem(str(path), "", what, fix=fix, code=Code.READ)]) from error
-    with open(fd, "w") as stream:
-        stream.write(text)
+    try:
+        with open(fd, "w", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        path.unlink(missing_ok=True)  # half of it would be believed
+        what = f"cannot write it: {(error.strerror or str(error)).lower()}"
+        raise ConfigError([Problem(str(path), "", what, fix="choose another place", code=Code.READ)]) from error
 
 
 def _report(made: Conversion, machine: list[Problem]) -> str:

@@ -30,6 +30,7 @@ from lmcache_core.cli.demo_common import (
 )
 from lmcache_core.cli.model import default_directory, resolve
 from lmcache_core.config import load
+from lmcache_core.errors import LMCacheError
 
 ENGINES: dict[str, Run] = {"transformers": demo_transformers.run, "vllm": demo_vllm.run}
 
@@ -69,7 +70,10 @@ def run(args: argparse.Namespace) -> int:
     report = Report(Console(stderr=True, highlight=False))
     model = resolve(args.model, default_directory(), report)
     work = args.work or _scratch()
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LMCacheError(f"--work {work}: {error.strerror}") from error
     options = DemoOptions(
         model=model,
         document=document_text(args.document),

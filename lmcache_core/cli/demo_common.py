@@ -55,7 +55,7 @@ class DemoOptions:
     @property
     def config_file(self) -> Path:
         """The pipeline configuration that `write_config` makes."""
-        return self.work / "lmcache.yaml"
+        return self.work / "demo.yaml"
 
     def save(self) -> Path:
         """Write the options below `work`, for the processes of the demo, and return the file."""
@@ -177,7 +177,10 @@ Run = Callable[[DemoOptions, Report], DemoResult]
 def document_text(path: Path | None) -> str:
     """The file's text, or the one shipped with the package: the Constitution of the United States, in English."""
     if path is not None:
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise LMCacheError(f"--document {path} cannot be read as UTF-8 text: {error}") from error
     return resources.files("lmcache_core.cli").joinpath("constitution.txt").read_text(encoding="utf-8")
 
 

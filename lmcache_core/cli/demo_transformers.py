@@ -61,8 +61,12 @@ def _phase(name: str, options: DemoOptions, report: Report) -> dict[str, Any]:
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
     ):
         assert process.stdout is not None
-        for line in process.stdout:
-            say(f"[{name}] {line.rstrip()}")
+        try:
+            for line in process.stdout:
+                say(f"[{name}] {line.rstrip()}")
+        except BaseException:
+            process.kill()
+            raise
     if process.returncode:
         tail = log.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
         raise LMCacheError(f"the {name} phase ended with status {process.returncode}:\n{tail}")

@@ -16,6 +16,7 @@ from lmcache_core.cli.layouts import PRESETS, add_model, flat, of_model, preset
 from lmcache_core.config import Loaded, TierConfig, load, machine
 from lmcache_core.config.findings import Loc, dotted
 from lmcache_core.layout import KVLayout
+from lmcache_core.mirror import place_bytes
 from lmcache_core.plugins import Plugins
 from lmcache_core.tier import ASK_THREADS
 from lmcache_core.types import object_bytes, round_up
@@ -99,7 +100,9 @@ def settings(loaded: Loaded) -> list[dict[str, Any]]:
 def budget(loaded: Loaded) -> dict[str, Any]:
     """What the pipeline will take from the machine, in bytes and counts."""
     memory, *storage = loaded.config.host_tiers
+    device = loaded.config.device_tier
     return {
+        "device_bytes": None if device is None else device.capacity,
         "memory_bytes": memory.capacity,
         "memory_available_bytes": machine.memory_available(),
         "memory_total_bytes": machine.memory_total(),
@@ -131,7 +134,11 @@ def fits(loaded: Loaded, name: str, layout: KVLayout, plugins: Plugins) -> dict[
     memory, *storage = loaded.config.host_tiers
     slot = round_up(object_bytes(layout.chunk_bytes))
     staging = beside_slots(loaded.config, layout, plugins)
-    held: dict[str, int | None] = {memory.name: max(0, ((memory.capacity or 0) - staging) // slot)}
+    device = loaded.config.device_tier
+    held: dict[str, int | None] = {}
+    if device is not None:
+        held[device.name] = (device.capacity or 0) // place_bytes(layout.chunk_bytes)
+    held |= {memory.name: max(0, ((memory.capacity or 0) - staging) // slot)}
     held |= {tier.name: None if tier.capacity is None else tier.capacity // slot for tier in storage}
     return {
         "model": name,
@@ -159,6 +166,8 @@ def _text(record: dict[str, Any]) -> str:
     rows += [[s["path"], _show(s["path"], s["value"]), s["origin"]] for s in record["settings"]]
     lines += [table(rows), "", "takes"]
     budget = record["budget"]
+    if budget["device_bytes"] is not None:
+        lines.append(f"  GPU      {format_bytes(budget['device_bytes'])} of its memory at start-up")
     free, total = format_bytes(budget["memory_available_bytes"]), format_bytes(budget["memory_total_bytes"])
     lines.append(f"  memory   {format_bytes(budget['memory_bytes'])} at start-up ({free} available of {total})")
     lines += [

@@ -45,7 +45,10 @@ def of_model(model: str, chunk_tokens: int) -> KVLayout:
     """The layout of a preset or of a model directory. Raise `LMCacheError` with the likely fix."""
     if model in PRESETS:
         return preset(model, chunk_tokens)
-    file = Path(model).expanduser() / "config.json"
+    try:
+        file = Path(model).expanduser() / "config.json"
+    except RuntimeError:  # no such home
+        file = Path(model) / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -54,11 +57,14 @@ def of_model(model: str, chunk_tokens: int) -> KVLayout:
         raise LMCacheError(
             f"--model {model}: no directory with a config.json, and no preset; {hint}presets: {', '.join(PRESETS)}"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LMCacheError(f"--model {model}: cannot read {file}: {error}") from error
     if not isinstance(config, dict):
         raise LMCacheError(f"--model {model}: {file} does not hold a model configuration")
-    return _of_config(config, file, chunk_tokens)
+    try:
+        return _of_config(config, file, chunk_tokens)
+    except ValueError as error:
+        raise LMCacheError(f"--model {model}: {file}: {error}") from error
 
 
 def _of_config(config: dict[str, Any], file: Path, chunk_tokens: int) -> KVLayout:

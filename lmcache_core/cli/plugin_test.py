@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
+from lmcache_core import redact
 from lmcache_core.cli.bench_common import work_directory
 from lmcache_core.cli.console import OK, PROBLEM, add_json, emit, working
-from lmcache_core.cli.plugin_media import add_options, configure, parse_options, started
+from lmcache_core.cli.plugin_media import add_options, configure, parse_options, secrets_of, started
 from lmcache_core.cli.plugin_new import KINDS
 from lmcache_core.errors import PluginError, UnknownPlugin
-from lmcache_core.plugins import EVICTIONS, PLUGINS, SERDES, Plugins
+from lmcache_core.plugins import BACKENDS, EVICTIONS, PLUGINS, SERDES, Plugins
 from lmcache_core.protocols import BackendConfig, BuildContext, MemoryBackend, StorageBackend
 from lmcache_core.spelling import closest
 from lmcache_core.testing.conformance import Outcome, run_kit, run_storage_tests
@@ -49,6 +52,14 @@ def run(args: argparse.Namespace) -> int:
     kind = args.kind or _kind(plugins, args.type)
     with work_directory(args.path) as directory, working(f"testing {kind} {args.type}"):
         outcomes = check(plugins, kind, args.type, options, directory)
+    finders: dict[str, Callable[[str], type[BaseModel] | None]] = {
+        BACKENDS: plugins.backend,
+        SERDES: plugins.serde,
+        EVICTIONS: plugins.eviction,
+        PLUGINS: plugins.settings,
+    }
+    secrets = secrets_of(options, finders[KINDS[kind].group](args.type))
+    outcomes = [replace(outcome, message=redact.scrub(outcome.message, secrets)) for outcome in outcomes]
     failed = sum(not outcome.passed for outcome in outcomes)
     passed = len(outcomes) - failed
     if args.json:

@@ -292,10 +292,10 @@ def parse_gib(value: Any) -> int:
     """Bytes from a number of GiB, or from text with a unit of its own. Raise `ValueError` or `TypeError`."""
     if isinstance(value, str) and not value.strip().replace(".", "", 1).isdigit():
         return parse_bytes(value)
-    gib = float(value)
-    if isinstance(value, bool) or not math.isfinite(gib) or gib < 0:
+    nbytes = float(value) * _GIB
+    if isinstance(value, bool) or not math.isfinite(nbytes) or nbytes < 0:
         raise ValueError("not a size")
-    return int(gib * _GIB)
+    return int(nbytes)
 
 
 def parse_bool(value: Any) -> bool:

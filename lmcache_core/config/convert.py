@@ -245,8 +245,21 @@ class Converter:
 
 
 def truth(value: Any) -> bool:
-    """A truth value as LMCache reads it."""
-    return classic.parse_bool(value)
+    """A truth value as LMCache reads it: of what is no word for one, whether it is anything at all."""
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "off", "null", "none")):
+        return False
+    try:
+        return classic.parse_bool(value)
+    except ValueError:
+        return bool(value)
+
+
+def gib_of(value: Any) -> int:
+    """Bytes of an adapter's number of GiB. Raise `ValueError`."""
+    try:
+        return classic.parse_gib(value or 0)
+    except (TypeError, OverflowError) as error:
+        raise ValueError("not a size") from error
 
 
 def idle(key: str, value: Any) -> str:

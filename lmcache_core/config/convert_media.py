@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
 from lmcache_core import redact
 from lmcache_core.config import classic
-from lmcache_core.config.convert import ASSUMED_CAPACITY, Converter, Given, Kind, Tier, idle, size, truth
+from lmcache_core.config.convert import ASSUMED_CAPACITY, Converter, Given, Kind, Tier, gib_of, idle, size, truth
 from lmcache_core.errors import Problem
 from lmcache_core.plugins import BACKENDS
 
@@ -232,8 +231,9 @@ def s3_tier(c: Converter, address: str, region: Any, *, plain: bool) -> Tier:
 
 
 def _fs(c: Converter, url: str, given: Given) -> Tier | None:
-    parts = urlsplit(url)
-    paths = [path for path in parts.path.split(",") if path]
+    # Not `urlsplit`: it raises for a host that it does not like, and the host means nothing here.
+    place = url.partition("://")[2].partition("?")[0].partition("#")[0]
+    paths = [path for path in place[len(place.partition("/")[0]) :].split(",") if path]
     if not paths:
         c.wrong("remote_url", "must name a directory", "write e.g. `fs://localhost:0/mnt/kv`")
         return None
@@ -313,7 +313,7 @@ def adapter(c: Converter, index: int, spec: Mapping[str, Any], where: str) -> No
     kind = spec.get("type")
     make = _ADAPTERS.get(kind) if isinstance(kind, str) else None
     if make is None:
-        if kind in _LOST_ADAPTERS:
+        if isinstance(kind, str) and kind in _LOST_ADAPTERS:
             c.report(key, Kind.DROPPED, reason=f"`{kind}`: {_LOST_ADAPTERS[kind]}", where=where)
         else:
             what = f"`{kind}` is no adapter that is known" if kind else "has no `type`"
@@ -371,32 +371,49 @@ def _text(c: Converter, key: str, rest: dict[str, Any], name: str) -> str | None
     return None
 
 
+def _limit(c: Converter, key: str, rest: dict[str, Any]) -> int:
+    """An adapter's `max_capacity_gb` in bytes; 0 where there is none, or a wrong one."""
+    try:
+        return gib_of(rest.pop("max_capacity_gb", 0))
+    except ValueError:
+        what, fix = "must be a number of GiB", "write e.g. `100`"
+        c.problems.append(Problem("l2 adapter", f"{key}.max_capacity_gb", what, "", fix))
+        return 0
+
+
 def _fs_adapter(c: Converter, key: str, rest: dict[str, Any]) -> Tier | None:
     path = _text(c, key, rest, "base_path")
     if path is None:
         return None
-    gib = rest.pop("max_capacity_gb", 0) or 0
-    limit = int(float(gib) * (1 << 30)) if isinstance(gib, (int, float)) else 0
+    limit = _limit(c, key, rest)
     tier = directory(c, "disk", path, f"{key}.base_path", files=True, limit=limit)
     if "use_odirect" in rest:
         _direct(c, tier, f"{key}.use_odirect", rest.pop("use_odirect"))
     return tier
 
 
+def _address(node: str) -> str:
+    """A host without a login: `username` and `password` say that."""
+    return node.strip().rpartition("@")[2]
+
+
 def _resp_adapter(c: Converter, key: str, rest: dict[str, Any]) -> Tier | None:
     host, port = _text(c, key, rest, "host"), rest.pop("port", 6379)
     if host is None:
         return None
-    tier = c.tier("redis", {"type": "redis", "url": f"redis://{host}:{port}"})
+    tier = c.tier("redis", {"type": "redis", "url": f"redis://{_address(host)}:{port}"})
     _adapter_login(c, key, rest, tier)
     return tier
 
 
 def _valkey_adapter(c: Converter, key: str, rest: dict[str, Any]) -> Tier | None:
-    nodes = _text(c, key, rest, "startup_nodes")
-    if nodes is None:
+    given = _text(c, key, rest, "startup_nodes")
+    nodes = [_address(node) for node in (given or "").split(",") if node.strip()]
+    if given is not None and not nodes:
+        c.problems.append(Problem("l2 adapter", f"{key}.startup_nodes", "names no node", "", "write e.g. `host:6379`"))
+    if not nodes:
         return None
-    first, *others = [node.strip() for node in nodes.split(",") if node.strip()]
+    first, *others = nodes
     scheme = "rediss" if rest.pop("tls_enable", False) else "redis"
     cluster, number = rest.pop("cluster_mode", False), rest.pop("database_id", None)
     url = f"{scheme}://{first}" + (f"/{number}" if number and not cluster else "")
@@ -436,9 +453,9 @@ def _s3_adapter(c: Converter, key: str, rest: dict[str, Any]) -> Tier | None:
     for name in ("aws_access_key_id", "aws_secret_access_key"):
         if rest.pop(name, None):
             c.secret(f"{key}.{name}", tier, name, Given(None, ""), name.upper())
-    gib = rest.pop("max_capacity_gb", 0)
-    if gib:
-        c.put(tier, "capacity", size(int(float(gib) * (1 << 30))), f"{key}.max_capacity_gb")
+    limit = _limit(c, key, rest)
+    if limit:
+        c.put(tier, "capacity", size(limit), f"{key}.max_capacity_gb")
     return tier
 
 

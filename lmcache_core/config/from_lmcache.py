@@ -171,7 +171,11 @@ def _directories(c: Converter) -> None:
         if not isinstance(given.value, str):
             c.wrong(key, "must be a directory", f"write e.g. `{key}: /var/cache/lmcache`")
             continue
-        first, *others = [part.strip().removeprefix("file://") for part in given.value.split(",") if part.strip()]
+        parts = [part.strip().removeprefix("file://") for part in given.value.split(",")]
+        first, *others = [part for part in parts if part] or [""]
+        if not first:
+            c.wrong(key, "must be a directory", f"write e.g. `{key}: /var/cache/lmcache`")
+            continue
         tier = directory(c, name, first, key, files=False, limit=limit)
         c.report(key, Kind.KEPT, f"tiers.{tier.settings['name']}.backend.path")
         if others:

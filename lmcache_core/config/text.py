@@ -75,8 +75,13 @@ def _bytes(path: Path) -> bytes:
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise _unreadable(path, "is not a regular file", "give the path of a YAML or TOML file")
-    with open(fd, "rb") as stream:
-        raw = stream.read(MAX_BYTES + 1)
+    try:
+        with open(fd, "rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+    except OSError as error:  # a network file system, a broken disk
+        raise _unreadable(
+            path, (error.strerror or str(error)).lower(), "look after its medium, and try again"
+        ) from error
     if len(raw) > MAX_BYTES:
         raise _unreadable(
             path, f"is larger than {MAX_BYTES >> 10} KiB", "a configuration is a page of text; is this the right file?"

@@ -11,7 +11,7 @@ import math
 import operator
 import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass, field
 from itertools import cycle
 from random import Random
@@ -20,6 +20,7 @@ from time import perf_counter
 
 import numpy as np
 
+from lmcache_core.aio import DaemonPool
 from lmcache_core.errors import BackendError
 from lmcache_core.protocols import BackendConfig, BuildContext, MemoryBackend, StorageBackend
 from lmcache_core.seal import RAW_CODEC, seal
@@ -94,18 +95,20 @@ def measure(
     context = BuildContext("bench", object_bytes, 2 * stored + (64 << 20), 2 * threads, deadline=DEADLINE_S)
     built = config.build(context)
     backend = _Copies(built, object_bytes, per_round * batch) if isinstance(built, MemoryBackend) else built
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return _Run(backend, pool, object_bytes, threads, batch, per_round).figures(seconds)
-    finally:
-        backend.close()
+    with DaemonPool(threads, "measure") as pool:
+        run = _Run(backend, pool, object_bytes, threads, batch, per_round)
+        try:
+            return run.figures(seconds)
+        finally:
+            if not run.hung:  # what a hung call still uses stays
+                backend.close()
 
 
 class _Run:
     def __init__(
         self,
         backend: StorageBackend,
-        pool: ThreadPoolExecutor,
+        pool: Executor,
         object_bytes: int,
         threads: int,
         batch: int,
@@ -113,6 +116,7 @@ class _Run:
     ) -> None:
         self.backend = backend
         self.pool = pool
+        self.hung = False
         self.threads = threads
         self.batch = batch
         self.batches = [[_key(at * batch + i) for i in range(batch)] for at in range(per_round)]
@@ -174,7 +178,17 @@ class _Run:
                 before = after
             return taken
 
-        calls = [taken for each in self.pool.map(work, range(self.threads)) for taken in each]
+        futures = [self.pool.submit(work, thread) for thread in range(self.threads)]
+        limit = 2 * DEADLINE_S + (seconds if math.isfinite(seconds) else 0.0)
+        self.hung = True
+        try:
+            self.hung = bool(wait(futures, limit).not_done)
+        except BaseException:  # interrupted: calls that end get the time to
+            self.hung = bool(wait(futures, 5.0).not_done)
+            raise
+        if self.hung:
+            raise BackendError(f"a call of the backend has not ended within {limit:g} s")
+        calls = [taken for future in futures for taken in future.result()]
         phase.wall_s += perf_counter() - began
         phase.cpu_s += _cpu_s() - cpu
         phase.calls_s += calls

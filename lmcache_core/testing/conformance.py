@@ -102,7 +102,7 @@ def run_check(kit: object, name: str, factory: Callable[..., Any]) -> Outcome:
         getattr(kit, name)(factory)
     except ContractBroken as broken:
         return Outcome(title, broken.contract, False, str(broken))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Outcome(title, "", False, f"{type(error).__name__}: {error}")
     return Outcome(title, "", True, "")
 
@@ -141,7 +141,7 @@ class _Media:
         try:
             with kit.backend(lambda context: _storage(self.config(), context)) as backend:
                 backend.clear()
-        except Exception:
+        except (Exception, SystemExit):
             return False
         return True
 
