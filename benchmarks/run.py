@@ -91,8 +91,8 @@ BENCHMARKS["codec"] = Benchmark(
     [*LMCACHECTL, "bench", "codec", "--json", "--incumbent", str(PEER_PYTHON)], "lmcachectl bench codec", lambda: None
 )
 BENCHMARKS["quality"] = Benchmark(
-    [*LMCACHECTL, "bench", "codec-quality", "--tokens", "2048", "--windows", "4", "--json"],
-    "lmcachectl bench codec-quality --tokens 2048 --windows 4",
+    [*LMCACHECTL, "bench", "codec-quality", "--tokens", "2048", "--windows", "8", "--json"],
+    "lmcachectl bench codec-quality --tokens 2048 --windows 8",
     _needs("torch", "transformers"),
 )
 QUICK = ("tiers", "lmcache", "codec", *SERVING, *BACKENDS)

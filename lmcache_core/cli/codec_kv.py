@@ -102,9 +102,9 @@ class Reader:
         config = self.model.config
         return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
-    def tokens(self, text: str, count: int) -> list[int]:
-        """The first `count` token ids of a text. Raise `LMCacheError` when it is shorter."""
-        ids = list(self.tokenizer(text, verbose=False)["input_ids"])[:count]
+    def tokens(self, text: str, count: int, most: int = 0) -> list[int]:
+        """The first token ids of a text: `count`, or up to `most`. Raise `LMCacheError` when there are not `count`."""
+        ids = list(self.tokenizer(text, verbose=False)["input_ids"])[: max(count, most)]
         if len(ids) < count:
             raise LMCacheError(f"the text has {len(ids)} tokens for this model, fewer than {count}: ask for fewer")
         return ids

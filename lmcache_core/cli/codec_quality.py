@@ -33,7 +33,7 @@ _DESCRIPTION = f"""\
 Measure every level of the codec on the KV of a real model: each chunk of {CHUNK_TOKENS} tokens of the context is
 encoded and decoded, and the model predicts the tokens that follow the context from the result.
 
-figures, for each level (means over the texts and their windows):
+figures, for each level (means over the texts, of each text over its windows):
   bits_per_value   bits of the encoded chunks, everything counted, for each value of K and V
   ratio            16 / bits_per_value: how much smaller than bfloat16
   kl               mean KL divergence of the predictions from those with the exact KV, nats per token
@@ -59,7 +59,11 @@ def register(kinds: Any) -> None:
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens of context (default 4096; 2048 with --quick)")
     parser.add_argument("--continue", type=int, dest="follow", default=512, metavar="N", help="tokens predicted (512)")
     parser.add_argument(
-        "--windows", type=int, default=1, metavar="N", help="pieces of each text, each a context of its own (1)"
+        "--windows",
+        type=int,
+        default=1,
+        metavar="N",
+        help="most pieces of each text, each with a context of its own (1)",
     )
     parser.add_argument("--profile", type=Path, metavar="FILE", help="a calibrated profile: rows of its own")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture (SVG) of the result")
@@ -79,21 +83,19 @@ def run(args: argparse.Namespace) -> int:
             f"--windows {args.windows} --continue {args.follow}: at least 1 window and 2 tokens are needed"
         )
     by_text: dict[str, dict[str, dict[str, float]]] = {}
-    found: dict[str, list[tuple[float, Judgement]]] = {}
     with report.step("reading") as say:
         for name, text in codec_kv.texts(args.text).items():
             size = context + args.follow
-            ids = reader.tokens(text, size * args.windows)
-            here: dict[str, list[tuple[float, Judgement]]] = {}
-            for window in range(args.windows):
-                say(f"{name}: window {window + 1} of {args.windows}, {context} tokens")
+            ids = reader.tokens(text, size, size * args.windows)
+            found: dict[str, list[tuple[float, Judgement]]] = {}
+            windows = len(ids) // size
+            for window in range(windows):
+                say(f"{name}: window {window + 1} of {windows}, {context} tokens")
                 measured = measure(reader, ids[window * size :][:size], context, args.profile)
                 for level, row in measured.items():
-                    here.setdefault(level, []).append(row)
-            by_text[name] = {level: record(rows) for level, rows in here.items()}
-            for level, rows in here.items():
-                found.setdefault(level, []).extend(rows)
-    figures = {level: record(rows) for level, rows in found.items()}
+                    found.setdefault(level, []).append(row)
+            by_text[name] = {level: record(rows) for level, rows in found.items()}
+    figures = {level: over([rows[level] for rows in by_text.values()]) for level in next(iter(by_text.values()))}
     result = {
         "figures": figures,
         "texts": by_text,
@@ -137,11 +139,16 @@ def measure(
 
 def record(rows: Sequence[tuple[float, Judgement]]) -> dict[str, float]:
     """The figures of one level, from the bits and the judgement of each window."""
-    bits = float(np.mean([bits for bits, _ in rows]))
     means = codec_kv.mean([judgement for _, judgement in rows])
-    return {"bits_per_value": round(bits, 3), "ratio": round(16 / bits, 3)} | {
-        name: float(f"{value:.4g}") for name, value in means.items()
-    }
+    return over([{"bits_per_value": float(np.mean([bits for bits, _ in rows])), **means}])
+
+
+def over(texts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The figures of one level over several texts, from those of each."""
+    means = {name: float(np.mean([text[name] for text in texts])) for name in texts[0]}
+    error = math.hypot(*(text["dppl_error"] for text in texts)) / len(texts)
+    rounded = {name: float(f"{value:.4g}") for name, value in {**means, "dppl_error": error}.items()}
+    return rounded | {"ratio": round(16 / means["bits_per_value"], 3)}
 
 
 def schemes(shape: tuple[int, ...], heads: int, profile: Path | None, chunk_tokens: int) -> dict[str, Scheme]:
