@@ -403,12 +403,16 @@ class StorageTier:
             return
         buffers = self._staging.take(len(new))
         try:
-            for at in range(0, len(new), len(buffers)):
-                some = new[at : at + len(buffers)]
+            batches = [new[at : at + len(buffers)] for at in range(0, len(new), len(buffers))][::-1]
+            while batches:
+                some = batches.pop()
                 try:
                     objects = self._door.encode(serde, [(job.keys[i], job.slots[i]) for i in some], buffers)
                 except PLUGIN_ERRORS as error:
-                    self._failed("encode", error)
+                    if len(some) > 1:  # one that cannot be encoded does not keep the others out
+                        batches += [[i] for i in reversed(some)]
+                    else:
+                        self._failed("encode", error)
                     continue
                 self._store(list(zip(some, objects, strict=True)), job)
         finally:

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from lmcache_core.aio import AsyncStorage, DaemonPool, Stored, key_of_path, object_name
-from lmcache_core.errors import BackendError, Closed
+from lmcache_core.errors import BackendError, Closed, CorruptChunk
 from lmcache_core.protocols import BuildContext
 from lmcache_core.testing.memory import aligned
 from lmcache_core.testing.storage import OpenBackend, StorageBackendTests, key_of
-from lmcache_core.types import ChunkKey
+from lmcache_core.types import ChunkKey, MissReason
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -53,6 +53,8 @@ class DictStorage(AsyncStorage):
         obj = self.objects.get(key)
         if obj is None:
             return None
+        if len(obj) > len(buffer):
+            raise CorruptChunk(MissReason.CORRUPT, f"{len(obj)} bytes")
         buffer[: len(obj)] = obj
         return len(obj)
 

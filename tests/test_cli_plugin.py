@@ -278,7 +278,7 @@ def test_serdes_and_wrappers_are_tested_too(dists: Distributions, tmp_path: Path
 
 def test_the_built_in_policy_keeps_its_contract(tmp_path: Path, capsys: Capture) -> None:
     assert main(["plugin", "test", "lru", "--path", str(tmp_path)]) == 0
-    assert "eviction lru: 6 passed, 0 failed" in capsys.readouterr().out
+    assert "eviction lru: 8 passed, 0 failed" in capsys.readouterr().out
 
 
 def test_a_name_of_two_kinds_needs_the_kind(dists: Distributions, tmp_path: Path, capsys: Capture) -> None:

@@ -18,7 +18,10 @@ from lmcache_core.build import build as build_pipeline
 from lmcache_core.config import PipelineConfig, TierConfig
 from lmcache_core.errors import CorruptChunk
 from lmcache_core.layout import KVLayout
+from lmcache_core.protocols import BuildContext
 from lmcache_core.testing.memory import aligned
+from lmcache_core.testing.storage import new_object as object_of
+from lmcache_core.types import object_bytes, round_up
 
 
 @pytest.mark.parametrize("code", [errno.ENODATA, errno.EILSEQ])
@@ -174,5 +177,37 @@ def test_a_file_on_bad_blocks_is_dropped_and_counted_once_and_stored_anew(
         assert store(pipeline, name) == 1 and pipeline.flush(10)
         pipeline.clear("ram")
         assert len(serve(pipeline, name)) == 1
+    finally:
+        pipeline.close()
+
+
+@pytest.mark.parametrize("mode", ["segments", "files"])
+def test_an_object_of_larger_settings_is_dropped_once_and_stored_anew(
+    tmp_path: Path, layout: KVLayout, mode: str
+) -> None:
+    """A serde or a wrapper taken away leaves objects that are longer than any buffer of the tier."""
+    config = GdsConfig.model_validate({"path": tmp_path / "kv", "mode": mode, "free_floor": 0})
+    names = keys(3)
+    nbytes = round_up(object_bytes(layout.chunk_bytes)) + 80
+    backend = config.build(BuildContext("disk", nbytes, 8 << 20, 2))
+    assert backend.put_from(names[2:], [object_of(names[2], nbytes)]) == [None]
+    backend.close()
+
+    disk = tier("disk", capacity=8 << 20, backend=config)
+    memory = TierConfig(name="ram", capacity=16 * 8192, backend=CpuConfig())
+    pipeline = build_pipeline(PipelineConfig(chunk_tokens=layout.chunk_tokens, tiers=(memory, disk)), layout)
+    try:
+        medium = pipeline.tiers[0]
+        assert store(pipeline, names[:2]) == 2 and pipeline.flush(10)
+        assert medium.present(names) == [True] * 3
+        for _ in range(3):
+            pipeline.clear("ram")
+            assert serve(pipeline, names) == ["disk"] * 2
+            assert medium.drain(5)
+        assert medium.counts["quarantined"] == 1 and medium.counts.get("get_errors", 0) == 0
+        assert medium.present(names) == [True, True, False]
+        assert store(pipeline, names) == 1 and pipeline.flush(10)
+        pipeline.clear("ram")
+        assert serve(pipeline, names) == ["disk"] * 3
     finally:
         pipeline.close()

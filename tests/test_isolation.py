@@ -92,6 +92,17 @@ def worker_of(backend: IsolatedStorage) -> int:
     return worker.process.pid
 
 
+def test_usage_is_that_of_the_latest_change(isolated: Callable[..., IsolatedStorage]) -> None:
+    """Answers of one batch overtake each other: an earlier count that comes last says nothing."""
+    backend = isolated(threads=4, deadline=5.0)
+    keys, stored = objects(60)
+    for count in range(2, 61, 2):
+        some = [count - 2, count - 1, count - 2]  # the third need not be written: its count is an early one
+        assert backend.put_from([keys[i] for i in some], [stored[i] for i in some]) == [None] * 3
+        usage = backend.usage()
+        assert usage is not None and (usage.objects, usage.object_bytes) == (count, count * OBJECT)
+
+
 def test_a_stuck_worker_costs_its_callers_their_deadline_and_is_replaced(
     isolated: Callable[..., IsolatedStorage],
 ) -> None:

@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterator
 from time import monotonic, sleep
 
 import pytest
-from seeded_bugs.storage import BUGS, Bug, Correct, HangingGet, Objects, OtherMedium, PrefixIgnored
+from seeded_bugs.storage import (
+    BUGS,
+    Bug,
+    Correct,
+    HangingGet,
+    LeavesFilesOpen,
+    Objects,
+    OtherMedium,
+    PrefixIgnored,
+)
 
 from lmcache_core.protocols import BuildContext, StorageBackend
 from lmcache_core.testing import watched
@@ -28,11 +37,13 @@ class Kit(StorageBackendTests):
 
 @pytest.fixture(autouse=True)
 def hangs_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Hanging threads end with their test."""
+    """Hanging threads and open files end with their test."""
     monkeypatch.setattr(watched, "GRACE_S", 0.7)
     HangingGet.forever.clear()
     yield
     HangingGet.forever.set()
+    while LeavesFilesOpen.left:
+        LeavesFilesOpen.left.pop().close()
     until = monotonic() + 5
     while any(thread.name == "lmcache-kit" for thread in threading.enumerate()):
         assert monotonic() < until, "the kit left threads behind"

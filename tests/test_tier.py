@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 from chunks import OBJECT, chunk, keys
+from seeded_bugs.serdes import Correct
 
 from lmcache_core import seal
-from lmcache_core.doorway import Staging
+from lmcache_core.doorway import Staging, staging_buffer_bytes
 from lmcache_core.errors import BackendError, CorruptChunk, NoSpace
 from lmcache_core.eviction.lru import Lru
 from lmcache_core.lanes import Breaker
 from lmcache_core.layout import KVLayout
-from lmcache_core.protocols import Region, Serde, StorageBackend
+from lmcache_core.protocols import Region, Serde, SerdeContext, StorageBackend
 from lmcache_core.slots import Slots
 from lmcache_core.testing.faults import FaultyBackend, Rates
 from lmcache_core.testing.memory import DictBackend, aligned
@@ -423,6 +424,33 @@ def test_a_put_that_raises_half_way_leaves_nothing_outside_the_books(make: Calla
     assert put(tier, keys(4)) == [MissReason.ERROR] * 4
     assert not medium.objects and tier.used == 0
     assert tier.counts["put_errors"] == 1
+
+
+def test_a_chunk_that_cannot_be_encoded_keeps_no_other_out(make: Callable[..., StorageTier], layout: KVLayout) -> None:
+    """One NaN is enough for some serdes. The chunks that were encoded with it are stored."""
+    names = keys(5)
+
+    class Picky(Correct):
+        refused = chunk(names[3], SIZE)
+
+        def encode_one(self, chunk: bytes, room: memoryview) -> int:
+            if chunk == self.refused:
+                raise ValueError("not a number")
+            return super().encode_one(chunk, room)
+
+    serde = Picky(SerdeContext(layout, layout.chunk_bytes))
+    nbytes = staging_buffer_bytes(serde)
+    view = aligned(8 * nbytes)
+    tier = make(Medium(), serde=serde, staging=Staging(Region(0, len(view), view), nbytes, threads=2))
+    left = names[:3] + names[4:]
+    for count in (1, 2):
+        assert put(tier, names) == [None, None, None, MissReason.ERROR, None]
+        assert tier.present(names) == [True, True, True, False, True]
+        assert tier.counts["encode_errors"] == count and "not a number" in tier.last_error
+    assert get(tier, left) == [None] * 4
+    Picky.refused = b""
+    assert put(tier, names) == [None] * 5
+    assert get(tier, names) == [None] * 5
 
 
 def test_keys_already_stored_are_left_alone(make: Callable[..., StorageTier]) -> None:

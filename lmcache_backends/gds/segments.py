@@ -93,7 +93,9 @@ class SegmentVolume:
                 if entry is None:
                     continue
                 if len(buffers[i]) < round_up(entry.nbytes):
-                    results[i] = ValueError(f"buffer of {len(buffers[i])} bytes for an object of {entry.nbytes}")
+                    # Stored by other settings; the core deletes it once.
+                    what = f"{entry.nbytes} bytes, more than any object of this tier"
+                    results[i] = CorruptChunk(MissReason.CORRUPT, what)
                     continue
                 entry.readers += 1
                 reads.append((i, entry))

@@ -158,7 +158,7 @@ class _Worker:
             self.kill()
             raise BackendUnavailable(f"its I/O worker {said} (exit {code}): {error}") from error
         self.footprint = int(ready["ready"])
-        self.usage: list[int] | None = ready["usage"]
+        self.ready = ready
 
     def _close_if_not_started(self) -> None:
         if not hasattr(self, "process"):
@@ -240,6 +240,8 @@ class IsolatedStorage(StorageBackend):
         self._why = ""
         """Why there is no worker."""
         self._usage: list[int] | None = None
+        self._counted_ns = 0
+        self._books = threading.Lock()
         self.restarts = 0
         """Workers that were replaced."""
         self._worker: _Worker | None = self._start()
@@ -412,8 +414,12 @@ class IsolatedStorage(StorageBackend):
                 raise BackendUnavailable(f"{self._name}: its I/O worker is still storing what is to be deleted")
 
     def _note(self, answer: Message) -> None:
-        if "usage" in answer:
-            self._usage = answer["usage"]
+        """Keep the latest count: answers of calls that run at a time overtake each other."""
+        if "usage" not in answer:
+            return
+        with self._books:
+            if answer["counted_ns"] >= self._counted_ns:
+                self._usage, self._counted_ns = answer["usage"], answer["counted_ns"]
 
     def _lost(self, worker: _Worker, desk: _Desk, error: OSError) -> BackendUnavailable:
         """A desk that gave no answer in time is not used again before it has; what the caller is told."""
@@ -509,7 +515,7 @@ class IsolatedStorage(StorageBackend):
     def _start(self) -> _Worker:
         worker = _Worker(self._order, self._room, self._desks)
         self._footprints[self._order["context"]["object_bytes"]] = worker.footprint
-        self._usage = worker.usage
+        self._note(worker.ready)
         return worker
 
 

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from itertools import islice
+from time import monotonic_ns
 from typing import Any
 
 from lmcache_core.errors import BackendError
@@ -103,8 +104,10 @@ def _outcome(result: Any) -> Any:
 
 
 def _usage(backend: StorageBackend) -> Message:
+    """What is stored, and when the count began: it holds every change that was answered with an earlier time."""
+    began = monotonic_ns()
     usage = backend.usage()
-    return {"usage": usage and [usage.objects, usage.object_bytes, usage.allocated_bytes]}
+    return {"usage": usage and [usage.objects, usage.object_bytes, usage.allocated_bytes], "counted_ns": began}
 
 
 def leave(backend: StorageBackend) -> None:

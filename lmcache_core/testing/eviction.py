@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice, pairwise
 from random import Random
 from time import perf_counter
@@ -82,6 +83,22 @@ class EvictionTests:
         policy.remove_all(keys)
         self.demand_keys(policy, set())
 
+    def test_removed_keys_stay_gone(self, open_policy: OpenPolicy) -> None:
+        """A use or a removal that comes late, when a key was evicted meanwhile, does not bring it back."""
+        policy = open_policy()
+        keys, others = self.prefix(1), self.prefix(2)
+        policy.add(keys)
+        policy.add(others)
+        policy.touch(keys)
+        policy.remove_all(keys[4:])
+        left = {*keys[:4], *others}
+        with _raising("unknown keys", "touch or remove of a removed key"):
+            policy.touch(keys)
+            self.demand_keys(policy, left)
+            policy.remove(keys[5])
+            policy.remove_all(keys[4:])
+        self.demand_keys(policy, left)
+
     def test_unknown_keys_are_ignored(self, open_policy: OpenPolicy) -> None:
         policy = open_policy()
         known, unknown = self.prefix(1), self.prefix(2)
@@ -131,32 +148,60 @@ class EvictionTests:
 
     def test_first_keys_come_at_once(self, open_policy: OpenPolicy) -> None:
         """A full tier asks for its coldest keys at every store, with its lock held."""
-        few, many = self.filled(open_policy, self.many // 512), self.filled(open_policy, self.many)
+
+        def first_keys(policy: EvictionPolicy, count: int) -> None:
+            for _ in islice(policy.coldest(), 10):
+                pass
+
+        self.demand_quick(open_policy, first_keys, "the first of `coldest` take", 20e-6)
+
+    def test_keys_come_and_go_at_once(self, open_policy: OpenPolicy) -> None:
+        """Every store, use and eviction is told with the tier's lock held."""
+
+        def come_and_go(policy: EvictionPolicy, count: int) -> None:
+            keys = [_numbered(i) for i in range(count // 2, count // 2 + 32)]
+            policy.touch(keys)
+            policy.remove_all(keys)
+            policy.add(keys)
+
+        self.demand_quick(open_policy, come_and_go, "a use, a removal and a store of some take", 100e-6)
+
+    def demand_quick(
+        self, open_policy: OpenPolicy, work: Callable[[EvictionPolicy, int], None], what: str, least_s: float
+    ) -> None:
+        """`work`, given a policy and how many keys it has, takes about as long with few keys as with many.
+
+        What takes less than `least_s` seconds takes as long as that: so short a time says nothing.
+        """
+        counts = (self.many // 512, self.many)
+        policies = [self.filled(open_policy, count) for count in counts]
         for _ in range(3):  # a busy machine slows one down now and then
-            ratio = _first_keys_s(many) / max(_first_keys_s(few), 20e-6)
+            few_s, many_s = (_best_s(partial(work, *each)) for each in zip(policies, counts, strict=True))
+            ratio = many_s / max(few_s, least_s)
             if ratio < 16:
                 return
-        raise ContractBroken(
-            "quick", f"with 512 times as many keys the first of `coldest` take {ratio:.0f} times as long"
-        )
+        raise ContractBroken("quick", f"with 512 times as many keys {what} {ratio:.0f} times as long")
 
     def filled(self, open_policy: OpenPolicy, count: int) -> EvictionPolicy:
         """A policy with `count` keys, some of them used since."""
         policy = open_policy()
-        keys = [ChunkKey(i.to_bytes(32, "big")) for i in range(count)]
+        keys = [_numbered(i) for i in range(count)]
         for at in range(0, count, 100):
             policy.add(keys[at : at + 100])
         policy.touch(keys[: min(count, 1000)])
         return policy
 
 
-def _first_keys_s(policy: EvictionPolicy) -> float:
-    """Seconds to the tenth key, the best of several tries."""
+def _numbered(number: int) -> ChunkKey:
+    return ChunkKey(number.to_bytes(32, "big"))
+
+
+def _best_s(work: Callable[[], None]) -> float:
+    """Seconds of `work`, the best of several tries."""
     best = float("inf")
     for _ in range(5):
         began = perf_counter()
-        for _ in islice(policy.coldest(), 10):
-            pass
+        work()
         best = min(best, perf_counter() - began)
     return best
 

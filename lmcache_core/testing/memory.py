@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lmcache_core.errors import NoSpace
+from lmcache_core.errors import CorruptChunk, NoSpace
 from lmcache_core.protocols import BackendConfig, BuildContext, StorageBackend
-from lmcache_core.types import ChunkKey, Got, Put, Usage
+from lmcache_core.types import ChunkKey, Got, MissReason, Put, Usage
 
 
 def aligned(nbytes: int, fill: int = 0xDB) -> memoryview:
@@ -50,6 +50,9 @@ class DictBackend(StorageBackend):
         results: list[Got] = []
         for key, buffer in zip(keys, buffers, strict=True):
             obj = self.objects.get(key)
+            if obj is not None and len(obj) > len(buffer):  # stored by other settings
+                results.append(CorruptChunk(MissReason.CORRUPT, f"{len(obj)} bytes, more than any object of this tier"))
+                continue
             if obj is not None:
                 buffer[: len(obj)] = obj
             results.append(None if obj is None else len(obj))

@@ -25,6 +25,8 @@ OpenSerde = Callable[[SerdeContext], Serde]
 _STARTS = (-1, 0, 256, 1 << 20)
 """Tokens before a chunk: not known, none, some, many."""
 _GUARD = 64
+_HEAD, _TAIL = 64, 16
+"""Bytes of a blob that most likely hold lengths, flags and checksums."""
 _FLOATS = {"float32": np.float32, "float16": np.float16}
 
 
@@ -136,6 +138,17 @@ class SerdeTests:
                 (found,) = self.restored(serde, [blob], context.chunk_bytes)
                 self.demand_same(context, serde, chunk, found, "round trip")
 
+    def test_values_of_every_scale(self, open_serde: OpenSerde) -> None:
+        """Lossy serdes: how large K and V are differs by model, layer and channel."""
+        for context, serde in self.serdes(open_serde):
+            if serde.lossless or values(kv_like(context), context.layout.dtype) is None:
+                continue
+            for scale in (1 / 64, 64.0):
+                chunk = kv_like(context, scale=scale)
+                (blob,) = self.encode(serde, [chunk])
+                (found,) = self.restored(serde, [blob], context.chunk_bytes)
+                self.demand_same(context, serde, chunk, found, "round trip")
+
     def test_nothing_is_longer_than_the_bound(self, open_serde: OpenSerde) -> None:
         """Not even bytes that do not compress."""
         for context, serde in self.serdes(open_serde):
@@ -183,6 +196,19 @@ class SerdeTests:
                 except CorruptChunk:
                     continue
 
+    def test_nothing_in_a_blob_is_believed(self, open_serde: OpenSerde) -> None:
+        """Each byte of its head and its tail is changed in turn: what else is noise may begin with the right words."""
+        for context, serde in self.serdes(open_serde):
+            (blob,) = self.encode(serde, [kv_like(context)])
+            places = {*range(min(_HEAD, len(blob))), *range(max(len(blob) - _TAIL, 0), len(blob))}
+            for at in sorted(places):
+                for flip in (0x01, 0x80, 0xFF):
+                    damaged = blob[:at] + bytes([blob[at] ^ flip]) + blob[at + 1 :]
+                    try:
+                        self.decode(serde, [damaged], context.chunk_bytes, "garbage")
+                    except CorruptChunk:
+                        continue
+
     def test_threads_do_not_disturb_each_other(self, open_serde: OpenSerde) -> None:
         """One serde serves all threads of a tier, both directions at once."""
         for context, serde in self.serdes(open_serde)[:2]:
@@ -208,9 +234,9 @@ class SerdeTests:
             together(work, len(chunks))
 
 
-def kv_like(context: SerdeContext, seed: int = 0) -> bytes:
+def kv_like(context: SerdeContext, seed: int = 0, scale: float = 1.0) -> bytes:
     """A chunk with values like those of a KV cache: around zero, in the layout's own type."""
-    numbers = np.random.default_rng(seed).standard_normal(context.chunk_bytes).astype(np.float32)
+    numbers = np.random.default_rng(seed).standard_normal(context.chunk_bytes).astype(np.float32) * np.float32(scale)
     dtype = context.layout.dtype
     if dtype == "bfloat16":
         return (numbers.view(np.uint32) >> 16).astype("<u2").tobytes()[: context.chunk_bytes]

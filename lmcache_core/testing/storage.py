@@ -11,150 +11,37 @@ empty when the test begins. A failure names the contract that is broken, as list
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import ctypes
+import gc
+import threading
+from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import count
+from os import listdir
 from random import Random
-from time import sleep
+from time import monotonic, perf_counter, sleep
 
-from lmcache_core.errors import NoSpace
-from lmcache_core.protocols import BuildContext, StorageBackend
-from lmcache_core.seal import RAW_CODEC, seal
+from lmcache_core.errors import BackendUnavailable, CorruptChunk, NoSpace
+from lmcache_core.protocols import BuildContext, Region
 from lmcache_core.testing.concurrency import CHANCES, SELDOM, for_a_while, progress_beside, together
 from lmcache_core.testing.contracts import ContractBroken, demand
 from lmcache_core.testing.memory import aligned
-from lmcache_core.testing.model import Model, compare, compare_answers, compare_scan
-from lmcache_core.testing.watched import Watched
-from lmcache_core.types import HEADER_BYTES, KEY_BYTES, PAGE, ChunkKey, Got, object_bytes, round_up
+from lmcache_core.testing.model import compare, compare_answers, compare_scan
+from lmcache_core.testing.storage_tools import LAYOUT_ID, POISON, OpenBackend, StorageTools, key_of, new_object
+from lmcache_core.types import HEADER_BYTES, KEY_BYTES, PAGE, ChunkKey, object_bytes, round_up
 
-OpenBackend = Callable[[BuildContext], StorageBackend]
+__all__ = ["LAYOUT_ID", "POISON", "OpenBackend", "StorageBackendTests", "key_of", "new_object"]
 
-POISON = 0xDB
-LAYOUT_ID = b"conformance-kit!"
-
-
-def key_of(number: int) -> ChunkKey:
-    """A key like real ones: an identity, then a digest."""
-    return ChunkKey(b"conformance-kit:" + Random(number).randbytes(16))
+_LISTED = 1150
+"""Objects of a large medium: many services name 1,000 in one answer."""
+_LARGE_CAPACITY = 32 << 20
+_LOCAL_S = 0.01
+"""More than `contains` may take where it answers from memory; what asks the medium and waits takes longer."""
 
 
-def new_object(key: ChunkKey, nbytes: int, seed: int = 0) -> memoryview:
-    """A sealed object of `nbytes` bytes in all, page-aligned as the core's are."""
-    obj = aligned(nbytes, POISON)
-    obj[HEADER_BYTES:] = Random(key + bytes([seed % 256])).randbytes(nbytes - HEADER_BYTES)
-    seal(obj, key, LAYOUT_ID, RAW_CODEC, nbytes - HEADER_BYTES, nbytes - HEADER_BYTES, 0)
-    return obj
-
-
-class StorageBackendTests:
+class StorageBackendTests(StorageTools):
     """Run by pytest in subclasses that give `open_backend`. Attributes are limits that a subclass may change."""
 
-    payload_bytes = 16 << 10
-    """Largest payload of the tests."""
-    capacity = 8 << 20
-    """Bytes the backend is given; room for at least 100 objects."""
-    threads = 4
-    deadline = 5.0
-    """Seconds a call may take: `BuildContext.deadline`."""
-    durable = True
-    """False for a medium that lives and dies with the backend object."""
-
-    def elsewhere(self) -> OpenBackend | None:
-        """How to open a backend on another medium of the same kind: another path, prefix, bucket or database.
-
-        A backend whose settings can say so overrides this; None leaves the contract `own medium` unchecked.
-        """
-        return None
-
-    # -- tools -----------------------------------------------------------------------------------------------
-    @contextmanager
-    def backend(self, open_backend: OpenBackend, contract: str = "errors") -> Iterator[StorageBackend]:
-        """An open backend, closed in the end. A call that raises broke `contract`; one that hangs, the deadline."""
-        largest = object_bytes(self.payload_bytes)
-        backend = self.watch(open_backend, BuildContext("conformance", largest, self.capacity, self.threads), contract)
-        try:
-            yield backend
-        except ContractBroken as broken:
-            if broken.contract != "deadline":  # what hangs is not asked again
-                backend.close()
-            raise
-        except BaseException:
-            backend.close()
-            raise
-        else:
-            backend.close()
-        finally:
-            backend.dismiss()
-
-    def watch(self, open_backend: OpenBackend, context: BuildContext, contract: str = "errors") -> Watched:
-        """A backend under watch."""
-        given = BuildContext(
-            context.tier, context.object_bytes, context.capacity, context.threads, False, self.deadline
-        )
-        return Watched(open_backend(given), self.deadline, contract)
-
-    def read(
-        self, backend: StorageBackend, keys: Sequence[ChunkKey], nbytes: int | None = None
-    ) -> tuple[list[Got], list[bytes | None]]:
-        """Read keys into poisoned buffers of `nbytes` and a page; the results, and the bytes of each.
-
-        Checks that nothing is written behind the last page of an object.
-        """
-        room = round_up(nbytes or object_bytes(self.payload_bytes)) + PAGE
-        buffers = [aligned(room, POISON) for _ in keys]
-        results = backend.get_into(keys, buffers)
-        found: list[bytes | None] = []
-        for buffer, got in zip(buffers, results, strict=True):
-            size = got if isinstance(got, int) else 0
-            demand(size <= room, "exact sizes", f"get_into returned {size} for a buffer of {room} bytes")
-            # A miss may be found out when a part was read already: only what lies behind any object stays untouched.
-            end = round_up(size) if isinstance(got, int) else room - PAGE
-            untouched = bytes(buffer[end:]) == bytes([POISON]) * (room - end)
-            demand(untouched, "exact bytes", f"get_into returned {got!r} and wrote behind that")
-            found.append(bytes(buffer[:size]) if isinstance(got, int) else None)
-        return results, found
-
-    def get(
-        self, backend: StorageBackend, keys: Sequence[ChunkKey], contract: str = "errors", nbytes: int | None = None
-    ) -> list[bytes | None]:
-        """The objects of keys. A result that is an exception broke `contract`."""
-        results, found = self.read(backend, keys, nbytes)
-        for result in results:
-            if isinstance(result, Exception):
-                raise ContractBroken(contract, f"get_into returned {result!r}") from result
-        return found
-
-    def put(
-        self,
-        backend: StorageBackend,
-        keys: Sequence[ChunkKey],
-        objects: Sequence[memoryview],
-        contract: str = "errors",
-    ) -> None:
-        """Store objects, all of which must be accepted. A result that is an exception broke `contract`."""
-        for result in backend.put_from(keys, objects):
-            if result is not None:
-                raise ContractBroken(contract, f"put_from returned {result!r}") from result
-
-    def some(self, number: int, nbytes: int | None = None) -> tuple[list[ChunkKey], list[memoryview]]:
-        """Keys and objects for them, of the largest size unless `nbytes` says otherwise."""
-        keys = [key_of(i) for i in range(number)]
-        return keys, [new_object(key, nbytes or object_bytes(self.payload_bytes)) for key in keys]
-
-    def model(self, open_backend: OpenBackend, keys: int = 10, *, large: bool = False) -> Model:
-        """The medium beside a dict: some keys, with objects of many sizes unless all are `large`."""
-        largest = object_bytes(self.payload_bytes)
-        sizes = [largest, largest - 1, HEADER_BYTES + 1, largest // 2 + HEADER_BYTES // 2, HEADER_BYTES]
-        sizes = [largest] if large else sizes
-
-        def make(key: ChunkKey, version: int) -> memoryview:
-            return _version(key, sizes[(key[-1] + version) % len(sizes)], version)
-
-        names = [key_of(i) for i in range(keys)]
-        return Model(lambda: self.backend(open_backend), names, make, self.read, self.capacity, self.durable)
-
-    # -- the contract ----------------------------------------------------------------------------------------
     def test_what_was_put_is_got(self, open_backend: OpenBackend) -> None:
         """Every byte, in the order asked for, any number of times."""
         keys, objects = self.some(8)
@@ -173,6 +60,18 @@ class StorageBackendTests:
         with self.backend(open_backend) as backend:
             self.put(backend, keys, objects)
             compare(self.get(backend, keys), [bytes(obj) for obj in objects])
+
+    def test_large_objects(self, open_backend: OpenBackend) -> None:
+        """More than one read, packet or value of the medium may carry."""
+        with self.backend(open_backend, largest=object_bytes(self.large_bytes), capacity=_LARGE_CAPACITY) as backend:
+            for number, payload in enumerate((self.large_bytes // 8, self.large_bytes)):
+                key, size = key_of(number), object_bytes(payload)
+                obj = new_object(key, size)
+                began = perf_counter()
+                self.put(backend, [key], [obj])
+                compare(self.get(backend, [key], nbytes=size), [bytes(obj)])
+                if perf_counter() - began > self.deadline / 20:
+                    return  # so slow a medium would need its deadline for the larger one
 
     def test_absent_keys(self, open_backend: OpenBackend) -> None:
         """None, not an error; between present ones too; deleting them is fine."""
@@ -196,6 +95,20 @@ class StorageBackendTests:
             demand(backend.get_into([], []) == [], "results", "get_into([], []) is not []")
             demand(backend.put_from([], []) == [], "results", "put_from([], []) is not []")
             backend.delete([])
+
+    def test_a_batch_may_name_a_key_twice(self, open_backend: OpenBackend) -> None:
+        """Each time it gets the same result; stored it is once."""
+        keys, objects = self.some(2)
+        with self.backend(open_backend, "results") as backend:
+            self.put(backend, [keys[0], keys[1], keys[0]], [objects[0], objects[1], objects[0]], "results")
+            compare_answers(backend.contains([keys[0], keys[0], keys[1]]), [True] * 3, "results")
+            found = self.get(backend, [keys[0], keys[1], keys[0]], "results")
+            compare(found, [bytes(objects[i]) for i in (0, 1, 0)])
+            usage = backend.usage()
+            counted = usage is None or (usage.objects, usage.object_bytes) == (2, sum(obj.nbytes for obj in objects))
+            demand(counted, "books", f"of 2 objects one was put twice in a batch, usage says {usage}")
+            backend.delete([keys[0], keys[0]])
+            compare_answers(backend.contains(keys), [False, True], "delete")
 
     def test_every_byte_of_a_key_counts(self, open_backend: OpenBackend) -> None:
         """Keys that share an identity, a chain or all bytes but one; and bytes that mean something to somebody."""
@@ -223,14 +136,17 @@ class StorageBackendTests:
                 )
 
     def test_many_keys_at_once(self, open_backend: OpenBackend) -> None:
-        """`contains` of as many keys as a long prompt has chunks."""
+        """`contains` of as many keys as a long prompt has chunks, and a `delete` of many."""
         keys, objects = self.some(16, object_bytes(64))
         many = [key_of(i) for i in range(1000, 1240)]
         for i, key in enumerate(keys):
             many.insert(i * 15, key)
         with self.backend(open_backend) as backend:
             self.put(backend, keys, objects)
-            compare_answers(backend.contains(many), [key in set(keys) for key in many])
+            stored = [key in set(keys) for key in many]
+            compare_answers(backend.contains(many), stored)
+            backend.delete(many[:64])
+            compare_answers(backend.contains(many), [False] * 64 + stored[64:], "delete")
 
     def test_putting_again_is_allowed(self, open_backend: OpenBackend) -> None:
         keys, objects = self.some(3)
@@ -303,6 +219,27 @@ class StorageBackendTests:
             demand(all(kept), "reopen", "a key that was stored is gone after a reopen")
             compare(self.get(backend, keys), [None, *(bytes(obj) for obj in objects[1:])], present="delete")
 
+    def test_more_objects_than_a_listing_names_at_once(self, open_backend: OpenBackend) -> None:
+        """`scan` and `clear` go on to its last page. On a slow medium there are as many as it takes in a second."""
+        if not self.durable:
+            return
+        stored: list[ChunkKey] = []
+        with self.backend(open_backend, capacity=_LARGE_CAPACITY) as backend:
+            for turn in for_a_while(_LISTED // 50, 1.0):
+                numbers = range(50 * turn, 50 * turn + 50)
+                keys = [key_of(number) for number in numbers]
+                self.put(backend, keys, [_object(number, HEADER_BYTES) for number in numbers])
+                stored += keys
+        with self.backend(open_backend, capacity=_LARGE_CAPACITY) as backend:
+            scanned = backend.scan()
+            if scanned is not None:
+                compare_scan(list(scanned), dict.fromkeys(stored, HEADER_BYTES))
+            backend.clear()
+        with self.backend(open_backend, capacity=_LARGE_CAPACITY) as backend:
+            kept = [there for at in range(0, len(stored), 50) for there in backend.contains(stored[at : at + 50])]
+            demand(not any(kept), "clear", f"{sum(kept)} of {len(kept)} keys are still there after `clear`")
+            demand(not list(backend.scan() or ()), "clear", "`scan` lists keys after `clear` and a reopen")
+
     def test_another_medium_is_another_one(self, open_backend: OpenBackend) -> None:
         """Backends on two paths, prefixes or buckets share nothing. Checked where `elsewhere` is given."""
         other = self.elsewhere()
@@ -360,6 +297,31 @@ class StorageBackendTests:
             backend.get_into(given, [aligned(round_up(object_bytes(self.payload_bytes)), POISON) for _ in given])
             backend.delete(given)
             demand(given == keys, "inputs", "the list of keys was changed")
+
+    def test_registered_memory(self, open_backend: OpenBackend) -> None:
+        """Buffers come from it and, beside those, from elsewhere; or the backend cannot use such memory and says so."""
+        room = round_up(object_bytes(self.payload_bytes)) + PAGE
+        memory = aligned(4 * room, POISON)
+        places = [memory[at * room : (at + 1) * room] for at in range(4)]
+        region = Region(ctypes.addressof(ctypes.c_char.from_buffer(memory)), len(memory), memory, owner=memory)
+        keys, objects = self.some(4)
+        with self.backend(open_backend) as backend:
+            try:
+                backend.register(region)
+            except ContractBroken as broken:
+                if isinstance(broken.__cause__, BackendUnavailable):
+                    return
+                raise
+            inside = [place[: obj.nbytes] for place, obj in zip(places[2:], objects, strict=False)]
+            for buffer, obj in zip(inside, objects, strict=False):
+                buffer[:] = obj
+            self.put(backend, keys, [*inside, *objects[2:]])
+            compare(self.get(backend, keys), [bytes(obj) for obj in objects])
+            memory[:] = bytes([POISON]) * len(memory)
+            _, found = self.read_into(backend, [keys[0], keys[3], keys[1]], [places[3], places[0], places[1]])
+            compare(found, [bytes(objects[i]) for i in (0, 3, 1)])
+            untouched = bytes(places[2]) == bytes([POISON]) * room
+            demand(untouched, "exact bytes", "get_into wrote into registered memory beside its buffers")
 
     def test_usage_and_footprint(self, open_backend: OpenBackend) -> None:
         """What an object takes is no less than its bytes, and is given back."""
@@ -422,11 +384,36 @@ class StorageBackendTests:
             found = self.get(backend, [key_of(late), *victims])
             compare(found, [bytes(_object(late, size)), None, None, None], present="delete")
 
+    def test_objects_of_larger_settings(self, open_backend: OpenBackend) -> None:
+        """An earlier serde or wrapper may have left an object longer than its buffer: it alone is damaged."""
+        if not self.durable:
+            return
+        keys, objects = self.some(3)
+        room = round_up(object_bytes(self.payload_bytes))
+        objects[1] = new_object(keys[1], room + 80)
+        with self.backend(open_backend, largest=room + 80) as backend:
+            self.put(backend, keys, objects)
+        with self.backend(open_backend, "results") as backend:
+            kept = backend.contains(keys[::2])
+            demand(all(kept), "reopen", "a key that was stored is gone after a reopen")
+            memory = [aligned(room + PAGE, POISON) for _ in keys]
+            results = backend.get_into(keys, [each[:room] for each in memory])
+            long = results[1]
+            fits = long is None or long == room or isinstance(long, CorruptChunk)
+            demand(fits, "exact sizes", f"an object longer than its buffer is a CorruptChunk, not {long!r}")
+            untouched = all(bytes(each[room:]) == bytes([POISON]) * PAGE for each in memory)
+            demand(untouched, "exact bytes", "an object longer than its buffer was written behind it")
+            right = results[0] == objects[0].nbytes and results[2] == objects[2].nbytes
+            demand(right, "results", f"beside an object that is too long the results of others are {results}")
+            found = [bytes(memory[i][: objects[i].nbytes]) for i in (0, 2)]
+            compare(found, [bytes(objects[i]) for i in (0, 2)])
+
     def test_threads_see_whole_objects(self, open_backend: OpenBackend) -> None:
         """Readers beside writers and deleters of the same keys see the old object, none, or the new one."""
         keys, _ = self.some(3)
         size = object_bytes(self.payload_bytes)
-        versions = {key: [new_object(key, size, seed) for seed in range(3)] for key in keys}
+        # Two of a size, as what is torn may be, and two of another, as sizes may be kept apart from bytes.
+        versions = {key: [new_object(key, size - 1000 * (seed // 2), seed) for seed in range(4)] for key in keys}
         legal = {key: {bytes(obj) for obj in objects} for key, objects in versions.items()}
         everything = set().union(*legal.values())
         with self.backend(open_backend, "threads") as backend:
@@ -476,6 +463,35 @@ class StorageBackendTests:
                 same = usage.objects == listed
                 demand(same, "threads", f"usage counted {usage.objects} objects after threads, scan lists {listed}")
 
+    def test_threads_see_what_others_did(self, open_backend: OpenBackend) -> None:
+        """One lane writes, another reads: nothing that a backend keeps for each thread may hide that."""
+        keys, objects = self.some(4)
+        newer = new_object(keys[0], objects[0].nbytes - 1, seed=1)
+        with self.backend(open_backend, "threads") as backend:
+            for _ in range(2):  # each of two threads once in each part
+                self.put(backend, keys, objects, "threads")
+                backend.take_turns()
+                compare_answers(backend.contains(keys), [True] * 4, "threads")
+                found = self.get(backend, keys, "threads")
+                demand(found == [bytes(obj) for obj in objects], "threads", "one thread put what another does not get")
+                backend.take_turns()
+                self.get(backend, keys, "threads")
+                backend.delete(keys[:2])
+                self.put(backend, keys[:1], [newer], "threads")
+                # What the thread itself still gets is no fault of threads.
+                compare(self.get(backend, keys[:2], "threads"), [bytes(newer), None], present="delete")
+                backend.take_turns()
+                found = self.get(backend, keys[:2], "threads")
+                demand(found == [bytes(newer), None], "threads", "one thread still gets what another has deleted")
+                compare_answers(backend.contains(keys), [True, False, True, True], "threads")
+                backend.take_turns()
+                backend.clear()
+                compare(self.get(backend, keys, "threads"), [None] * 4, present="clear")
+                backend.take_turns()
+                found = self.get(backend, keys, "threads")
+                demand(found == [None] * 4, "threads", "one thread still gets what another has cleared")
+                compare_answers(backend.contains(keys), [False] * 4, "threads")
+
     def test_random_calls_agree_with_a_dict(self, open_backend: OpenBackend) -> None:
         """`stateful.StorageStateMachineTests` does this with hypothesis, which also finds the shortest failure."""
         model = self.model(open_backend)
@@ -483,6 +499,21 @@ class StorageBackendTests:
             model.walk(seed=3, steps=80, seconds=2.0)
         finally:
             model.close()
+
+    def test_local_answers_do_not_wait(self, open_backend: OpenBackend) -> None:
+        """`contains_is_local` is a promise to the engine's own thread."""
+        keys, objects = self.some(4)
+        with self.backend(open_backend) as backend:
+            self.put(backend, keys, objects)
+            if not backend.inner.contains_is_local:
+                return
+            ask = partial(backend.inner.contains, keys)  # within one watched call: no change of threads is timed
+            taken: list[float] = []
+            while len(taken) < CHANCES and (not taken or taken[-1] > _LOCAL_S):
+                sleep(0.1 * len(taken))  # a busy machine takes the processor away now and then
+                taken.append(backend.guard("contains", partial(_seconds, ask)))
+            waits = f"`contains_is_local`, but answers for {len(keys)} keys take {1000 * min(taken):.0f} ms"
+            demand(taken[-1] <= _LOCAL_S, "contains", waits)
 
     def test_the_gil_is_released(self, open_backend: OpenBackend) -> None:
         """Other Python threads go on while a call waits; else the engine stands still with every read and write."""
@@ -516,14 +547,43 @@ class StorageBackendTests:
             self.put(backend, keys, objects)
             backend.close()
 
+    def test_close_lets_go(self, open_backend: OpenBackend) -> None:
+        """Of files, sockets and threads: pipelines come and go in one process."""
+        keys, objects = self.some(1)
 
-@lru_cache(maxsize=256)
-def _version(key: ChunkKey, nbytes: int, version: int) -> memoryview:
-    """A version of a key's object; read only, as every test has the same."""
-    return new_object(key, nbytes, version)
+        def turn() -> None:
+            with self.backend(open_backend, "close") as backend:
+                self.put(backend, keys, objects)
+                self.get(backend, keys)
+
+        for _ in range(2):  # what is made once stays
+            turn()
+        before, turns = _held(), 0
+        for _ in for_a_while(6, 1.0):
+            turn()
+            turns += 1
+        if turns < 3:
+            return  # too few to tell a leak from what comes and goes
+        until = monotonic() + 3
+        while (more := _held() - before) >= turns and monotonic() < until:
+            gc.collect()
+            sleep(0.05)  # for what ends by itself
+        leaks = f"{more} more files and threads are there after it was opened and closed {turns} times"
+        demand(more < turns, "close", leaks)
 
 
-@lru_cache(maxsize=1024)
+def _held() -> int:
+    """Files, sockets and threads of this process."""
+    return len(listdir("/proc/self/fd")) + threading.active_count()
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = perf_counter()
+    call()
+    return perf_counter() - began
+
+
+@lru_cache(maxsize=2048)
 def _object(number: int, nbytes: int) -> memoryview:
     """The object of `key_of(number)`; read only, as every test has the same."""
     return new_object(key_of(number), nbytes)

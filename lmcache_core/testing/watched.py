@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from lmcache_core.protocols import StorageBackend
+from lmcache_core.protocols import Region, StorageBackend
 from lmcache_core.testing.contracts import ContractBroken, demand
 from lmcache_core.types import ChunkKey, Got, Put, Usage
 
@@ -35,6 +35,18 @@ class Watched(StorageBackend):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
+
+    def take_turns(self) -> None:
+        """Let the next call come from another thread than the last."""
+        if len(self._idle) < 2:
+            parked, self._idle = self._idle, []
+            self.guard("nothing", lambda: None)  # starts a thread
+            self._idle = parked + self._idle
+        else:
+            self._idle.insert(0, self._idle.pop())
+
+    def register(self, region: Region) -> None:
+        self.guard("register", lambda: self.inner.register(region))
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         answers = self.guard("contains", lambda: self.inner.contains(keys))

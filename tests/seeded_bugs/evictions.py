@@ -83,6 +83,24 @@ class UnknownIsAdded(Lru):
         self.add(keys)
 
 
+class LateUseReturns(Lru):
+    """Remembers what it removed: a use brings it back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ghosts: set[ChunkKey] = set()
+
+    def remove_all(self, keys: Sequence[ChunkKey]) -> None:
+        self.ghosts.update(key for key in keys if key in self._order)
+        super().remove_all(keys)
+
+    def touch(self, keys: Sequence[ChunkKey]) -> None:
+        back = [key for key in keys if key in self.ghosts]
+        self.ghosts.difference_update(back)
+        super().add(back)
+        super().touch(keys)
+
+
 class LookingRotates(Lru):
     """Moves what it yields to the other end, as if it were evicted."""
 
@@ -104,6 +122,34 @@ class SortsEverything(Lru):
         return iter(sorted(places, key=places.__getitem__))
 
 
+class LinearUse(Lru):
+    """Keeps keys in a list, and looks for them from its beginning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: list[ChunkKey] = []
+
+    def add(self, keys: Sequence[ChunkKey]) -> None:
+        self.remove_all(keys)
+        self.keys += reversed(keys)
+        super().add(keys)
+
+    def touch(self, keys: Sequence[ChunkKey]) -> None:
+        self.add([key for key in keys if key in self._order])
+
+    def remove_all(self, keys: Sequence[ChunkKey]) -> None:
+        for key in keys:
+            self.remove(key)
+
+    def remove(self, key: ChunkKey) -> None:
+        if key in self._order:
+            self.keys.remove(key)
+        super().remove(key)
+
+    def coldest(self) -> Iterator[ChunkKey]:
+        return iter(self.keys)
+
+
 @dataclass(frozen=True)
 class Bug:
     """A policy with a bug."""
@@ -120,8 +166,10 @@ BUGS = {
     "yields removed": Bug(YieldsRemoved, "removed keys"),
     "deeper is warmer": Bug(DeeperIsWarmer, "prefix order"),
     "deeper is warmer once used": Bug(DeeperIsWarmerOnceUsed, "prefix order"),
+    "late use returns": Bug(LateUseReturns, "removed keys"),
     "unknown raises": Bug(UnknownRaises, "unknown keys"),
     "unknown is added": Bug(UnknownIsAdded, "unknown keys"),
     "looking rotates": Bug(LookingRotates, "iteration"),
     "sorts everything": Bug(SortsEverything, "quick"),
+    "linear use": Bug(LinearUse, "quick"),
 }

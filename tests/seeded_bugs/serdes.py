@@ -113,6 +113,40 @@ class BareErrors(Correct):
         pass
 
 
+class BelievesItsHead(Correct):
+    """Fills as much of the buffer as the blob says."""
+
+    def check(self, blob: bytes, nbytes: int) -> None:
+        if len(blob) != _HEAD + nbytes:
+            raise CorruptChunk(MissReason.CORRUPT, f"{len(blob)} bytes for a chunk of {nbytes}")
+
+    def decode_one(self, blob: bytes, room: memoryview) -> None:
+        self.check(blob, len(room))
+        nbytes = int.from_bytes(blob[:_HEAD], "little")
+        room[:nbytes] = self.mixed(blob[_HEAD : _HEAD + nbytes])
+
+
+class FlagInRange(Correct):
+    """Looks at the first words of the blob, and looks its flag up in a table."""
+
+    words = b"SEEDED\x01"
+
+    def bound(self) -> int:
+        return len(self.words) + 1 + self.nbytes
+
+    def encode_one(self, chunk: bytes, room: memoryview) -> int:
+        blob = self.words + b"\0" + self.mixed(chunk)
+        room[: len(blob)] = blob
+        return len(blob)
+
+    def decode_one(self, blob: bytes, room: memoryview) -> None:
+        head = len(self.words)
+        if len(blob) != head + 1 + len(room) or not blob.startswith(self.words):
+            raise CorruptChunk(MissReason.CORRUPT, "not one of ours")
+        body = blob[head + 1 :]
+        room[:] = {0: self.mixed(body), 1: body}[blob[head]]
+
+
 class KeepsState(Correct):
     """Uses one scratch buffer for all threads."""
 
@@ -161,6 +195,19 @@ class TooLossy(Lossy):
         return Correct.encode_one(self, (np.frombuffer(chunk, np.uint8) & 0x0F).tobytes(), room)
 
 
+class Clips(Correct):
+    """Lossy: cuts float32 beyond 8 off, which is enough for values of scale 1."""
+
+    lossless = False
+
+    def __init__(self, context: SerdeContext) -> None:
+        super().__init__(context)
+        self.clips = context.layout.dtype == "float32"
+
+    def encode_one(self, chunk: bytes, room: memoryview) -> int:
+        return super().encode_one(np.frombuffer(chunk, "<f4").clip(-8, 8).tobytes() if self.clips else chunk, room)
+
+
 class Backwards(Correct):
     """Decodes a batch last to first, into buffers first to last."""
 
@@ -207,9 +254,12 @@ BUGS = {
     "leaves the tail": Bug(LeavesTheTail, "filled buffers"),
     "accepts garbage": Bug(AcceptsGarbage, "garbage"),
     "bare errors": Bug(BareErrors, "garbage"),
+    "believes its head": Bug(BelievesItsHead, "filled buffers"),
+    "flag in range": Bug(FlagInRange, "garbage"),
     "keeps state": Bug(KeepsState, "threads"),
     "lossy": Bug(Lossy, "round trip"),
     "too lossy": Bug(TooLossy, "round trip"),
+    "clips": Bug(Clips, "round trip"),
     "backwards": Bug(Backwards, "order"),
     "changes chunks": Bug(ChangesChunks, "inputs"),
     "long name": Bug(LongName, "codec name"),

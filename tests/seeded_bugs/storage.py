@@ -6,11 +6,12 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from time import sleep
-from typing import Any
+from typing import Any, BinaryIO, ClassVar
 
-from lmcache_core.errors import NoSpace
-from lmcache_core.protocols import BuildContext, StorageBackend
+from lmcache_core.errors import CorruptChunk, NoSpace
+from lmcache_core.protocols import BuildContext, Region, StorageBackend
 from lmcache_core.testing.memory import DictBackend
 from lmcache_core.types import IDENTITY_BYTES, ChunkKey, Got, Put, Usage, round_up
 
@@ -61,6 +62,49 @@ class ShortReads(Correct):
             if part is not None:
                 buffer[: len(part)] = part
             results.append(None if part is None else len(part))
+        return results
+
+
+class LargeReadsClipped(Correct):
+    """Receives once, at most 64 KiB, and says that it was all."""
+
+    def get_into(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
+        results: list[Got] = []
+        for key, buffer in zip(keys, buffers, strict=True):
+            obj = self.objects.get(key)
+            if obj is not None:
+                buffer[: min(len(obj), 64 << 10)] = obj[: 64 << 10]
+            results.append(None if obj is None else len(obj))
+        return results
+
+
+class LargeValuesDropped(Correct):
+    """Has a server that drops values over 1 MiB, and says nothing."""
+
+    def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
+        results = super().put_from(keys, buffers)
+        for key, buffer, result in zip(keys, buffers, results, strict=True):
+            if result is None and buffer.nbytes > 1 << 20:
+                del self.objects[key]
+        return results
+
+
+class LongObjectsAreErrors(Correct):
+    """Says what the buffer says of an object that is longer: a bare error, again at every read."""
+
+    def get_into(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
+        results = super().get_into(keys, buffers)
+        return [ValueError("too long") if isinstance(result, CorruptChunk) else result for result in results]
+
+
+class LongObjectsSpoilTheBatch(Correct):
+    """Lets the same error out of the call."""
+
+    def get_into(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
+        results = super().get_into(keys, buffers)
+        for result in results:
+            if isinstance(result, CorruptChunk):
+                raise ValueError("too long")
         return results
 
 
@@ -255,6 +299,26 @@ class TruthForSize(Correct):
         return [result is not None for result in super().get_into(keys, buffers)]
 
 
+class TwiceTakesAway(Correct):
+    """Renames one temporary file for both, when a batch names a key twice: the second takes the first away."""
+
+    def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
+        results = super().put_from(keys, buffers)
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                self.objects.pop(key, None)
+        return results
+
+
+class TwiceRaises(Correct):
+    """Does the same, and hears of it."""
+
+    def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
+        if len(set(keys)) < len(keys):
+            raise FileNotFoundError(2, "was renamed already")
+        return super().put_from(keys, buffers)
+
+
 class PutOnce(Correct):
     """Refuses a key that it has."""
 
@@ -332,6 +396,28 @@ class ScanListsTwice(Correct):
     def scan(self) -> Iterator[tuple[ChunkKey, int]]:
         listed = [(key, len(obj)) for key, obj in self.objects.items()]
         return iter(listed[:4] + listed[3:])
+
+
+class ScanListsAPage(Correct):
+    """Lists what the service names in one answer."""
+
+    def scan(self) -> Iterator[tuple[ChunkKey, int]]:
+        return islice(super().scan() or iter(()), 1000)
+
+
+class ClearsAPage(Correct):
+    """Clears what the service names in one answer."""
+
+    def clear(self) -> None:
+        for key in list(self.objects)[:1000]:
+            del self.objects[key]
+
+
+class DeletesAFew(Correct):
+    """Has a request that takes 32 names."""
+
+    def delete(self, keys: Sequence[ChunkKey]) -> None:
+        super().delete(keys[:32])
 
 
 class Layered(Correct):
@@ -421,12 +507,115 @@ class LostUpdates(Correct):
         return [None] * len(keys)
 
 
+class SizesApart(Correct):
+    """Keeps bytes and sizes in two places: a reader in between gets new bytes of the old size."""
+
+    def __init__(self, objects: Objects, context: BuildContext) -> None:
+        super().__init__(objects, context)
+        self.sizes = {key: len(obj) for key, obj in objects.items()}
+
+    def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
+        results = super().put_from(keys, buffers)
+        sleep(0.0002)
+        self.sizes.update((key, buffer.nbytes) for key, buffer in zip(keys, buffers, strict=True))
+        return results
+
+    def get_into(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
+        results = super().get_into(keys, buffers)
+        return [self.sizes.get(k, r) if isinstance(r, int) else r for k, r in zip(keys, results, strict=True)]
+
+
+class ThreadIndex(Correct):
+    """Keeps an index for each thread, read when the thread first asks."""
+
+    def __init__(self, objects: Objects, context: BuildContext) -> None:
+        super().__init__(objects, context)
+        self.own = threading.local()
+
+    def index(self) -> Objects:
+        if not hasattr(self.own, "index"):
+            self.own.index = dict(self.objects)
+        index: Objects = self.own.index
+        return index
+
+    def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        return [key in self.index() for key in keys]
+
+    def get_into(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
+        return DictBackend(self.index()).get_into(keys, buffers)
+
+    def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
+        index = self.index()
+        results = super().put_from(keys, buffers)
+        index.update((key, self.objects[key]) for key, result in zip(keys, results, strict=True) if result is None)
+        return results
+
+    def delete(self, keys: Sequence[ChunkKey]) -> None:
+        DictBackend(self.index()).delete(keys)
+        super().delete(keys)
+
+    def clear(self) -> None:
+        self.index().clear()
+        super().clear()
+
+
+class ThreadReadCache(ThreadIndex):
+    """Remembers for each thread what it read: what another thread deletes is served."""
+
+    def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        return Correct.contains(self, keys)
+
+    def get_into(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
+        index = self.index()
+        index.update((key, self.objects[key]) for key in keys if key in self.objects and key not in index)
+        return super().get_into(keys, buffers)
+
+    def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
+        for key in keys:
+            self.index().pop(key, None)
+        return Correct.put_from(self, keys, buffers)
+
+
 class GilHog(Correct):
     """Calls a library that waits, without releasing the GIL."""
 
     def get_into(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Got]:
         ctypes.PyDLL(None).usleep(50_000)
         return super().get_into(keys, buffers)
+
+
+class LocalWaits(Correct):
+    """Says that it answers from memory, and asks its medium."""
+
+    def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        sleep(0.02)
+        return super().contains(keys)
+
+
+class RegisterRaises(Correct):
+    """Has no use for memory, and says so by raising anything."""
+
+    def register(self, region: Region) -> None:
+        raise NotImplementedError
+
+
+class RegisteredOnly(Correct):
+    """Takes every buffer for a part of the registered region."""
+
+    region: Region | None = None
+
+    def register(self, region: Region) -> None:
+        self.region = region
+
+    def put_from(self, keys: Sequence[ChunkKey], buffers: Sequence[memoryview]) -> list[Put]:
+        return super().put_from(keys, [self.inside(buffer) for buffer in buffers])
+
+    def inside(self, buffer: memoryview) -> memoryview:
+        if self.region is None:
+            return buffer
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        at = (address - self.region.address) % (self.region.nbytes - buffer.nbytes)
+        return self.region.view[at : at + buffer.nbytes]
 
 
 class SwallowsErrors(Correct):
@@ -518,6 +707,17 @@ class ClosesOnce(Correct):
         self.closed = True
 
 
+class LeavesFilesOpen(Correct):
+    """Opens a file that its `close` forgets."""
+
+    left: ClassVar[list[BinaryIO]] = []
+    """Closed by the tests in the end."""
+
+    def __init__(self, objects: Objects, context: BuildContext) -> None:
+        super().__init__(objects, context)
+        self.left.append(open("/dev/null", "rb"))  # noqa: SIM115
+
+
 class FailsNowAndThen(Correct):
     """Has a time-out that is too short for its medium."""
 
@@ -551,6 +751,10 @@ BUGS = {
     "torn writes": Bug(TornWrites, "whole objects"),
     "clipped reads": Bug(ClippedReads, "exact bytes"),
     "short reads": Bug(ShortReads, "exact sizes"),
+    "large reads clipped": Bug(LargeReadsClipped, "exact bytes"),
+    "large values dropped": Bug(LargeValuesDropped, "acknowledged puts"),
+    "long objects are errors": Bug(LongObjectsAreErrors, "exact sizes"),
+    "long objects spoil the batch": Bug(LongObjectsSpoilTheBatch, "results"),
     "overrun": Bug(Overrun, "exact bytes"),
     "ignored identity": Bug(IdentityIgnored, "whole keys"),
     "short names": Bug(ShortNames, "whole keys"),
@@ -570,6 +774,8 @@ BUGS = {
     "one result for all": Bug(OneResultForAll, "results"),
     "lazy results": Bug(LazyResults, "results"),
     "truth for size": Bug(TruthForSize, "results"),
+    "twice takes away": Bug(TwiceTakesAway, "results"),
+    "twice raises": Bug(TwiceRaises, "results"),
     "put once": Bug(PutOnce, "put again"),
     "counts puts": Bug(CountsPuts, "put again"),
     "put appends": Bug(PutAppends, "put again"),
@@ -579,14 +785,23 @@ BUGS = {
     "scan rounds sizes": Bug(ScanRoundsSizes, "scan"),
     "scan misses the last": Bug(ScanMissesTheLast, "scan"),
     "scan lists twice": Bug(ScanListsTwice, "scan"),
+    "scan lists a page": Bug(ScanListsAPage, "scan"),
     "deletes return": Bug(DeletesReturn, "delete"),
     "old version returns": Bug(OldVersionReturns, "delete"),
     "deletes nothing": Bug(DeletesNothing, "delete"),
+    "deletes a few": Bug(DeletesAFew, "delete"),
     "clear returns": Bug(ClearReturns, "clear"),
     "clears nothing": Bug(ClearsNothing, "clear"),
+    "clears a page": Bug(ClearsAPage, "clear"),
     "forgets at close": Bug(ForgetsAtClose, "reopen"),
     "shared staging": Bug(SharedStaging, "threads"),
     "lost updates": Bug(LostUpdates, "threads"),
+    "sizes apart": Bug(SizesApart, "whole objects"),
+    "thread index": Bug(ThreadIndex, "threads"),
+    "thread read cache": Bug(ThreadReadCache, "threads"),
+    "local waits": Bug(LocalWaits, "contains"),
+    "register raises": Bug(RegisterRaises, "errors"),
+    "registered only": Bug(RegisteredOnly, "exact bytes"),
     "GIL hog": Bug(GilHog, "GIL"),
     "swallows errors": Bug(SwallowsErrors, "acknowledged puts"),
     "evicts by itself": Bug(EvictsByItself, "acknowledged puts"),
@@ -599,6 +814,7 @@ BUGS = {
     "absent is empty": Bug(AbsentIsEmpty, "absent keys"),
     "delete needs presence": Bug(DeleteNeedsPresence, "absent keys"),
     "closes once": Bug(ClosesOnce, "close"),
+    "leaves files open": Bug(LeavesFilesOpen, "close"),
     "fails now and then": Bug(FailsNowAndThen, "errors"),
     "counts nothing": Bug(CountsNothing, "books"),
     "small footprint": Bug(SmallFootprint, "books"),

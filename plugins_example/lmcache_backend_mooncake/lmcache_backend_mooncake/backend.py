@@ -16,6 +16,7 @@ import numpy as np
 from lmcache_backend_mooncake.client import (
     ABSENT,
     EXISTS,
+    INVALID_PARAMS,
     LEASE_EXPIRED,
     NO_SPACE,
     NOT_FOUND,
@@ -27,9 +28,9 @@ from lmcache_backend_mooncake.client import (
     code_name,
 )
 from lmcache_backend_mooncake.doors import Doors, Turns
-from lmcache_core.errors import BackendError, NoSpace
+from lmcache_core.errors import BackendError, CorruptChunk, NoSpace
 from lmcache_core.protocols import BuildContext, Region, StorageBackend
-from lmcache_core.types import ChunkKey, Got, Put, round_up
+from lmcache_core.types import ChunkKey, Got, MissReason, Put, round_up
 
 STAGING_BUFFERS = 4
 """Each as large as the largest object of the tier."""
@@ -120,7 +121,7 @@ class MooncakeBackend(StorageBackend):
         results: list[Got] = []
         with self._doors.using(names):
             codes, slow = self._move(get, names, buffers, into=True)
-        for name, code in zip(names, codes, strict=True):
+        for name, code, buffer in zip(names, codes, buffers, strict=True):
             if code >= 0:
                 self._lost.pop(name, None)
                 results.append(code)
@@ -130,6 +131,10 @@ class MooncakeBackend(StorageBackend):
                 # A dead node refuses: its objects are misses and no reason to pause the whole tier.
                 self._lose(name)
                 results.append(None)
+            elif code == INVALID_PARAMS and (nbytes := self._size(name)) > len(buffer):
+                # Stored by other settings; the core deletes it once.
+                what = f"{nbytes} bytes, more than any object of this tier"
+                results.append(CorruptChunk(MissReason.CORRUPT, what))
             else:
                 if code == TRANSFER_FAIL:
                     self._lose(name)
@@ -270,6 +275,11 @@ class MooncakeBackend(StorageBackend):
     # -- names -----------------------------------------------------------------------------------------------
     def _names(self, keys: Sequence[ChunkKey]) -> list[str]:
         return [f"{self._prefix}/{key.hex()}" for key in keys]
+
+    def _size(self, name: str) -> int:
+        """Bytes of an object; a negative code where nobody knows."""
+        with self._client.calling() as store:
+            return int(store.get_size(name))
 
     def _remove(self, names: list[str]) -> None:
         """Remove at once: waiting for a lease to end would keep the old object, and refuse a new one, for seconds."""

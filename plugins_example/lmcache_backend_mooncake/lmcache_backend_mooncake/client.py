@@ -67,6 +67,7 @@ CODES = {
 NOT_TRIED = -2
 """Others of the call took so long that this one could not have come in time."""
 NO_SPACE = -200
+INVALID_PARAMS = -600
 NOT_READY = -703
 NOT_FOUND = -704
 EXISTS = -705
