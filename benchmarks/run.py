@@ -261,17 +261,7 @@ def quality_table(result: Result) -> str:
         for level in result["figures"]
         for part, figures in parts.items()
     ]
-    head = [
-        "level",
-        "text",
-        "bits/value",
-        "ratio",
-        "KL, nats/token",
-        "top-1 %",
-        "perplexity %",
-        "its standard error",
-        "",
-    ]
+    head = ["level", "text", "bits/value", "ratio", "KL, nats/token", "top-1 %", "perplexity %", "standard error"]
     return f"{where(result)}\n\n{grid(head, rows, right=2)}"
 
 
