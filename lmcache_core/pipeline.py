@@ -243,7 +243,7 @@ class Pipeline:
             here = [key in slots.index or key in self._loads for key in keys[start:]]
             end, moves, transfer._reason, slow = self._route(keys, start, here, located)
             if transfer._finished or self._closed:
-                end, moves, slow = start, [], {}
+                end, moves, transfer._reason, slow = start, [], MissReason.CLOSED, {}
             transfer._slots += [-1] * (end - start)
             transfer._sources += [self.memory_name] * (end - start)
             # Pin what is here before taking slots: taking evicts.

@@ -573,6 +573,24 @@ def test_after_close_nothing_new_begins_and_what_is_held_stays_valid(pipelines: 
     assert reservation.commit() == 0
 
 
+def test_a_fetch_that_a_close_overtakes_says_so(pipelines: BuildPipeline) -> None:
+    """Between the look at memory and the moves nothing is locked."""
+    pipeline = pipelines(tier(lane=PATIENT))
+    names = keys(4)
+    store(pipeline, names)
+    settle(pipeline)
+    pipeline.clear("dram")
+    locate = pipeline._locate
+
+    def close_first(*args: Any) -> Any:
+        pipeline.close()
+        return locate(*args)
+
+    pipeline._locate = close_first  # type: ignore[method-assign]
+    with pipeline.retrieve(names) as lease:
+        assert len(lease) == 0 and lease.reason is MissReason.CLOSED
+
+
 def test_close_while_everything_is_busy(pipelines: BuildPipeline) -> None:
     injector = FaultInjector({"store": Rates(slow=1.0, slow_s=0.002)})
     pipeline = pipelines(tier(lane=PATIENT, capacity=30 * OBJECT), slots=24, injector=injector)
