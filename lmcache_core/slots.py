@@ -106,22 +106,19 @@ class Slots:
         return taken
 
     def _evict(self, want: int, policy: EvictionPolicy) -> None:
-        index, pins, dirty = self.index, self.pins, self.dirty
+        victims: list[ChunkKey] = []
+        slots: list[int] = []
         kept: list[ChunkKey] = []
-        # The usual case without a look at each key: the coldest are all free to go.
-        victims = list(islice(policy.coldest(), want))
-        slots = [index[key] for key in victims]
-        if any(map(pins.__getitem__, slots)) or not dirty.keys().isdisjoint(slots):
-            victims, slots = [], []
-            for key in islice(policy.coldest(), _SCAN + want):
-                slot = index[key]
-                if pins[slot] or slot in dirty:
-                    kept.append(key)
-                    continue
-                victims.append(key)
-                slots.append(slot)
-                if len(slots) == want:
-                    break
+        index, pins, dirty = self.index, self.pins, self.dirty
+        for key in islice(policy.coldest(), _SCAN + want):
+            slot = index[key]
+            if pins[slot] or slot in dirty:
+                kept.append(key)
+                continue
+            victims.append(key)
+            slots.append(slot)
+            if len(slots) == want:
+                break
         if len(kept) >= _SCAN:
             # Held for long, perhaps by a hung tier: out of the way of the next eviction.
             kept.reverse()

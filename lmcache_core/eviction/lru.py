@@ -23,9 +23,9 @@ class Lru(EvictionPolicy):
 
     def add(self, keys: Sequence[ChunkKey]) -> None:
         order = self._order
-        if not order.keys().isdisjoint(keys):
-            self.remove_all(keys)
-        order.update(dict.fromkeys(reversed(keys)))
+        for key in reversed(keys):
+            order[key] = None
+            order.move_to_end(key)
 
     def touch(self, keys: Sequence[ChunkKey]) -> None:
         order = self._order
