@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import threading
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from time import perf_counter, sleep
 
-SELDOM = 0.2
-"""Share of its turns below which a thread is held up."""
+HELD_S = 0.01
+"""How long a call may keep every other Python thread waiting: twice what Python itself lets a thread keep the GIL."""
 
 CHANCES = 6
 """How often a call is watched before it is said to hold others up."""
@@ -58,40 +60,54 @@ def for_a_while(most: int, seconds: float) -> Iterator[int]:
         yield turn
 
 
-def progress_beside(call: Callable[[], object], seconds: float = 0.1) -> float:
-    """How often another thread gets a turn beside `call`, relative to beside a sleep.
+def held_beside(call: Callable[[], object], seconds: float = 0.1) -> float:
+    """How long `call` keeps another thread from its turn, in seconds; 0 if no longer than is allowed.
 
-    Where that is seldom, relative to beside copies of memory, if this is more: on a busy machine a thread that computes
-    is taken off its processor with the GIL in its hands, which is no fault of its own.
+    `call` is made again and again for `seconds`, beside a thread that sleeps and notes the time. What counts is the
+    longest time within a call without a note, and of these the shortest: a busy machine stops a thread in one call or
+    another, a held GIL in every one. Allowed is `HELD_S`, a fifth of a long call, or twice what Python that only counts
+    does: a machine so busy takes a thread off its processor with the GIL in its hands.
     """
-    turns = 0
+    held, lasted = _longest_wait(call, seconds)
+    if held <= max(HELD_S, lasted / 5):
+        return 0.0
+    busy, _ = _longest_wait(partial(_count, lasted), seconds)
+    return held if held > 2 * busy else 0.0
+
+
+def _count(seconds: float) -> None:
+    until = perf_counter() + seconds
+    while perf_counter() < until:
+        pass
+
+
+def _longest_wait(call: Callable[[], object], seconds: float) -> tuple[float, float]:
+    """Of the call that kept another thread waiting least: for how long at once, and how long it lasted, in seconds."""
+    notes: list[float] = []
+    spans: list[tuple[float, float]] = []
     ended = threading.Event()
     until = perf_counter() + 60  # a call that hangs does not leave a thread behind for ever
 
     def tick() -> None:
-        nonlocal turns
         while not ended.is_set() and perf_counter() < until:
             sleep(0.0005)
-            turns += 1
-
-    def rate(work: Callable[[], object]) -> float:
-        before, began, calls = turns, perf_counter(), 0
-        while (spent := perf_counter() - began) < seconds:
-            work()
-            calls += 1
-        # Between two calls there is always a turn or two; beside long calls these are told from turns within.
-        between = 2 * calls if spent > 0.01 * calls else 0
-        return max(turns - before - between, 0) / spent
+            notes.append(perf_counter())
 
     ticker = threading.Thread(target=tick)
     with switching_often():
         ticker.start()
         try:
-            share = rate(call) / max(rate(partial(sleep, seconds)), 1.0)
-            if share < SELDOM:
-                block = bytearray(256 << 10)
-                share = max(share, rate(call) / max(rate(partial(bytes, block)), 1.0))
-            return share
+            start = perf_counter()
+            while not spans or spans[-1][1] - start < seconds:
+                began = perf_counter()
+                call()
+                spans.append((began, perf_counter()))
         finally:
             ended.set()
             ticker.join()
+
+    def waited(began: float, end: float) -> float:
+        turns = [began, *notes[bisect(notes, began) : bisect(notes, end)], end]
+        return max(after - before for before, after in pairwise(turns))
+
+    return min((waited(began, end), end - began) for began, end in spans)

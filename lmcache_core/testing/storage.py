@@ -23,7 +23,7 @@ from time import monotonic, perf_counter, sleep
 
 from lmcache_core.errors import BackendUnavailable, CorruptChunk, NoSpace
 from lmcache_core.protocols import BuildContext, Region
-from lmcache_core.testing.concurrency import CHANCES, SELDOM, for_a_while, progress_beside, together
+from lmcache_core.testing.concurrency import CHANCES, for_a_while, held_beside, together
 from lmcache_core.testing.contracts import ContractBroken, demand
 from lmcache_core.testing.memory import aligned
 from lmcache_core.testing.model import compare, compare_answers, compare_scan
@@ -530,13 +530,11 @@ class StorageBackendTests(StorageTools):
                 ("put_from", lambda: backend.put_from(keys, objects)),
                 ("contains", lambda: backend.contains(keys)),
             ):
-                # A busy machine stops a thread now and then, for a second or two; a held GIL stops it every time.
-                shares: list[float] = []
-                while len(shares) < CHANCES and (not shares or shares[-1] < SELDOM):
-                    sleep(0.2 * len(shares))
-                    shares.append(watched.guard(name, partial(progress_beside, call)))
-                held = f"beside {name} other threads get {max(shares):.0%} of the turns they get beside a sleep"
-                demand(shares[-1] >= SELDOM, "GIL", held)
+                held: list[float] = []
+                while len(held) < CHANCES and (not held or held[-1]):
+                    sleep(0.2 * len(held))
+                    held.append(watched.guard(name, partial(held_beside, call)))
+                demand(not held[-1], "GIL", f"{name} keeps other threads waiting for {1000 * min(held):.0f} ms")
         finally:
             watched.close()
             watched.dismiss()
