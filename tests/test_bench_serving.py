@@ -188,8 +188,8 @@ def test_statistics() -> None:
     assert percentile(range(1, 101), 95) == 95 and percentile([3.0], 95) == 3.0 and percentile([2, 1], 50) == 1
     rounds = [Served([1.0, 2.0, 9.0], [[1, 2], [3, 4], [5, 6]], 2.0), Served([4.0, 3.0], [[1], [2]], 2.0)]
     assert summary(rounds) == {"ttft_p50_s": 3.0, "ttft_p95_s": 9.0, "tokens_s": 2.0}
-    assert overhead([9.0, 10.0, 5.0], [10.0, 10.0, 10.0]) == 0.1
-    assert overhead([11.0], [10.0]) == -0.1
+    assert overhead([9.0, 10.0, 5.0], [10.0, 10.0, 10.0]) == (0.1, 0.1073)
+    assert overhead([11.0], [10.0]) == (-0.1, 0.0)
     other = [rounds[0], Served([0.0, 0.0], [[1], [3]], 1.0)]
     assert differing(rounds, rounds) == 0 and differing(other, rounds) == 1
 

@@ -56,6 +56,8 @@ figures, for each system:
 and
   overhead_no_reuse        share of vLLM's throughput (without any connector) that lmcache-core costs where no prompt
                            shares anything: it only saves; median over the rounds
+                           (its standard error is beside the figures: where that is not small, --unique-rounds 30
+                           tells more)
 
 method:
   All servers are started first (some 3 GiB each with the small model) and idle while others work: in each round every
@@ -214,6 +216,7 @@ def measure(
         "left_out": left_out,
         "cpu_s": {name: round(sum(cpu[f"{shape} {name}"]), 2) for name in systems},
         "overhead_no_reuse": {},
+        "overhead_no_reuse_error": {},
         "cpu_overhead_no_reuse": {},
         "answers": sum(len(served.answers) for served in reuse[OURS] + none[OURS]),
         "answers_differing": {},
@@ -222,8 +225,8 @@ def measure(
         for name in (name for name in systems if name != NONE):
             speeds = [[served.tokens_s for served in none[of]] for of in (name, NONE)]
             costs = [[1 / seconds for seconds in cpu[f"{NO_REUSE} {of}"]] for of in (name, NONE)]
-            result["overhead_no_reuse"][name] = overhead(*speeds)
-            result["cpu_overhead_no_reuse"][name] = overhead(*costs)
+            result["overhead_no_reuse"][name], result["overhead_no_reuse_error"][name] = overhead(*speeds)
+            result["cpu_overhead_no_reuse"][name], _ = overhead(*costs)
             result["answers_differing"][name] = differing(reuse[name] + none[name], reuse[NONE] + none[NONE])
         figures["overhead_no_reuse"] = result["overhead_no_reuse"][OURS]
     return result
@@ -236,9 +239,12 @@ def rows(result: Mapping[str, Any]) -> list[list[str]]:
     ]
     for name, cpu_s in result["cpu_s"].items():
         numbers = [*result["figures"][name].values(), cpu_s]
-        costs = [result[key].get(name) for key in ("overhead_no_reuse", "cpu_overhead_no_reuse")]
+        cost, error, cpu = (
+            result[key].get(name) for key in ("overhead_no_reuse", "overhead_no_reuse_error", "cpu_overhead_no_reuse")
+        )
         other = result["answers_differing"].get(name)
-        cells = [*(f"{number:g}" for number in numbers), *("" if cost is None else f"{cost:.1%}" for cost in costs)]
+        cells = [f"{number:g}" for number in numbers]
+        cells += ["", ""] if cost is None else [f"{cost:.1%} ± {error:.1%}", f"{cpu:.1%}"]
         made.append([name, *cells, "" if other is None else f"{other} of {result['answers']}"])
     return made
 

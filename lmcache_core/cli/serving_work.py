@@ -202,9 +202,16 @@ def summary(served: Sequence[Served]) -> dict[str, float]:
     }
 
 
-def overhead(rates: Sequence[float], control: Sequence[float]) -> float:
-    """Share of the control's rate that is lost, from the median of the ratios round by round; negative: gained."""
-    return round(1 - statistics.median(mine / theirs for mine, theirs in zip(rates, control, strict=True)), 4)
+def overhead(rates: Sequence[float], control: Sequence[float]) -> tuple[float, float]:
+    """Share of the control's rate that is lost, from the median of the ratios round by round; negative: gained.
+
+    And its standard error, from the median deviation (1.4826 of it is a Gaussian's sigma, whose median is 1.2533 times
+    as uncertain as its mean): what a machine does to a few rounds only counts for neither.
+    """
+    ratios = [mine / theirs for mine, theirs in zip(rates, control, strict=True)]
+    middle = statistics.median(ratios)
+    deviation = statistics.median(abs(ratio - middle) for ratio in ratios)
+    return round(1 - middle, 4), round(1.2533 * 1.4826 * deviation / math.sqrt(len(ratios)), 4)
 
 
 def differing(answers: Sequence[Served], control: Sequence[Served]) -> int:
