@@ -35,9 +35,9 @@ LEVELS: Final[dict[Level, tuple[int, int, float]]] = {
     "lossless": (0, 0, 1.5),
     "near": (-65, -54, 2.8),
     "high": (-42, -30, 3.8),
-    "balanced": (-26, -14, 5.0),
-    "small": (-10, 3, 7.2),
-    "tiny": (-1, 11, 9.0),
+    "balanced": (-28, -13, 5.0),
+    "small": (-13, 5, 7.2),
+    "tiny": (-4, 13, 9.0),
 }
 """For K (and MLA latents) and for V: log2, in 1/16, of the quantiser's step over the root mean square that it is chosen
 by (docs/codec.md); and how many times smaller than bfloat16 a chunk of 256 tokens becomes, about."""
