@@ -240,11 +240,13 @@ def rows(result: Mapping[str, Any]) -> list[list[str]]:
     for name, cpu_s in result["cpu_s"].items():
         numbers = [*result["figures"][name].values(), cpu_s]
         cost, error, cpu = (
-            result[key].get(name) for key in ("overhead_no_reuse", "overhead_no_reuse_error", "cpu_overhead_no_reuse")
+            result.get(key, {}).get(name)
+            for key in ("overhead_no_reuse", "overhead_no_reuse_error", "cpu_overhead_no_reuse")
         )
         other = result["answers_differing"].get(name)
         cells = [f"{number:g}" for number in numbers]
-        cells += ["", ""] if cost is None else [f"{cost:.1%} ± {error:.1%}", f"{cpu:.1%}"]
+        deviation = "" if error is None else f" ± {error:.1%}"
+        cells += ["", ""] if cost is None else [f"{cost:.1%}{deviation}", f"{cpu:.1%}"]
         made.append([name, *cells, "" if other is None else f"{other} of {result['answers']}"])
     return made
 
