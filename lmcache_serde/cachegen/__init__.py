@@ -36,8 +36,8 @@ LEVELS: Final[dict[Level, tuple[int, int, float]]] = {
     "near": (-65, -54, 2.8),
     "high": (-42, -30, 3.8),
     "balanced": (-28, -13, 5.0),
-    "small": (-13, 5, 7.2),
-    "tiny": (-4, 13, 9.0),
+    "small": (-13, 6, 7.2),
+    "tiny": (-4, 14, 9.0),
 }
 """For K (and MLA latents) and for V: log2, in 1/16, of the quantiser's step over the root mean square that it is chosen
 by (docs/codec.md); and how many times smaller than bfloat16 a chunk of 256 tokens becomes, about."""
